@@ -1,0 +1,52 @@
+# Every target sets up .venv by itself when it is missing or older than what it is made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: demo test test-all check lint type fmt bench docs clean
+
+demo: $(READY)          ## text to a trained model, with a rank killed on the way: about 5 minutes
+	$(BIN)/python -m launcher.demo
+
+test: $(READY)          ## every test but the long ones
+	$(PYTEST) -m "not e2e" tests
+
+test-all: $(READY)      ## also whole jobs with real faults, every ZeRO stage
+	$(PYTEST) tests
+
+check: lint type        ## what CI checks before it tests
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+type: $(READY)
+	$(BIN)/mypy
+
+fmt: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)         ## the figures of docs/BENCHMARKS.md
+	$(BIN)/python -m benchmarks step --size tiny
+	$(BIN)/python -m benchmarks step --size 10m
+	$(BIN)/python -m benchmarks data
+	$(BIN)/python -m benchmarks checkpoint
+	$(BIN)/python -m benchmarks start
+
+docs: $(READY)          ## the generated parts: configs/base.yaml, the table of mixers
+	$(BIN)/python -m launcher.manual > configs/base.yaml
+	$(BIN)/python -m launcher.tables README.md
+
+# torch first and under the constraint: any other way brings gigabytes of CUDA to a machine without a GPU
+$(READY): pyproject.toml constraints.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-out build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,29 @@
+"""`python -m benchmarks step|data|checkpoint|start`: prints a table, appends it to results.jsonl, exits 1 on a miss."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+
+NAMES = ("step", "data", "checkpoint", "start", "shakespeare")
+
+
+def main() -> int:
+    """Run the benchmark that is named first."""
+    if len(sys.argv) < 2 or sys.argv[1] not in NAMES:
+        print(f"usage: python -m benchmarks {'|'.join(NAMES)} [options]; each has --help", file=sys.stderr)
+        return 2
+    name = sys.argv[1]
+    # one thread, before torch looks: arms are compared by CPU time of one core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    module = importlib.import_module(f"benchmarks.{name}")
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=module.__doc__)
+    module.add_options(parser)
+    table = module.run(parser.parse_args(sys.argv[2:]))
+    return table.finish(name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

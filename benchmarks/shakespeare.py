@@ -1,0 +1,87 @@
+"""tinyshakespeare, bytes: the correlation against attention of equal size, over seeds. The loss, not the speed.
+
+The last tenth of the text is held out and evaluated whole. 64 wide, 4 heads, 3 blocks, rows of 128 tokens, 12 rows a
+batch, AdamW (0.9, 0.95), decay 0.05 on matrices, lr 3e-3 after 40 steps of warm-up, cosine to a tenth, clip 1, RoPE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import Table
+from data_pipeline.build import build as build_shards
+from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.dataset import Dataset, open_dataset
+from data_pipeline.loader import Loader
+from data_pipeline.order import Order
+from pretrain.config import EngineConfig, ModelConfig, OptimConfig, PartConfig
+from pretrain.engine import TorchEngine
+from pretrain.evaluate import HeldOut, evaluate
+from pretrain.init import initialise
+from pretrain.models.language_model import build
+from pretrain.optim import lr_scale
+from pretrain.parallel import Ranks
+
+ROWS, LENGTH, SOURCE = 12, 128, "shakespeare"
+OPTIM = OptimConfig(lr=3e-3, betas=(0.9, 0.95), weight_decay=0.05, clip=1.0, warmup_steps=40, final_lr=0.1)
+MIXERS = ("correlation", "attention")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of this benchmark."""
+    parser.add_argument("--file", type=Path, default=Path("../shared/data/tinyshakespeare.txt"))
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=5)
+
+
+def run(options: argparse.Namespace) -> Table:
+    """Train every mixer with every seed and return the table."""
+    torch.set_num_threads(1)
+    table = Table(f"tinyshakespeare, bytes, {options.steps} steps: held-out loss in nats per byte")
+    losses: dict[str, list[float]] = {name: [] for name in MIXERS}
+    with tempfile.TemporaryDirectory() as folder:
+        data = DataConfig(dir=folder, sources={SOURCE: SourceConfig(path=str(options.file))}, heldout=0.1, shard_mib=1)
+        build_shards(data, Path(folder), workers=1)
+        dataset = open_dataset(data)
+        for seed in range(options.seeds):
+            for name in MIXERS:
+                began = time.process_time()
+                loss, parameters = train(dataset, name, seed, options.steps)
+                losses[name].append(loss)
+                spent = time.process_time() - began
+                print(f"seed {seed} {name}: {loss:.4f} nats, {parameters:,} parameters, {spent:.0f} CPU s", flush=True)
+                table.add(f"{name}, seed {seed}", loss, "nats", note=f"{parameters:,} parameters, {spent:.0f} CPU s")
+    means = {name: statistics.mean(values) for name, values in losses.items()}
+    goals = {400: 2.02, 3000: 1.60}
+    for name, mean in means.items():
+        goal = goals.get(options.steps) if name == "correlation" or options.steps == 3000 else None
+        spread = f"standard deviation {statistics.stdev(losses[name]):.4f}" if options.seeds > 1 else ""
+        table.add(f"{name}, mean of {options.seeds} seeds", mean, "nats", goal=goal, note=spread)
+    goal = 0.0 if options.steps == 400 else None
+    table.add("correlation - attention, mean", means["correlation"] - means["attention"], "nats", goal=goal)
+    return table
+
+
+def train(dataset: Dataset, mixer: str, seed: int, steps: int) -> tuple[float, int]:
+    """The held-out loss after `steps`, and the count of parameters."""
+    part = PartConfig(name=mixer, options={"heads": 4})
+    model = build(ModelConfig(width=64, depth=3, length=LENGTH, mixers=(part,)), dataset.tokenizer.vocab)
+    model.to_empty(device="cpu")
+    initialise(model, seed)
+    engine = TorchEngine(model, OPTIM, EngineConfig(name="torch"), sources=1, seed=seed, device=torch.device("cpu"))
+    order = Order(dataset.manifest, length=LENGTH, seed=seed, weights={SOURCE: 1.0})
+    loader = Loader(order, dataset.shards, batch_rows=ROWS, micro_rows=ROWS, rank=0, world=1)
+    scale = lr_scale(OPTIM, steps)
+    loader.seek(0)
+    for step in range(steps):
+        engine.step(loader.next(), step, scale(step))
+    loader.close()
+    heldout = HeldOut(dataset.manifest, dataset.shards, [SOURCE], LENGTH, None)
+    figures = evaluate(engine.evaluate, heldout, dataset.tokenizer.byte_lengths, Ranks(0, 1, 0, "here"), batch_rows=32)
+    return figures["loss"], sum(p.numel() for p in model.parameters())

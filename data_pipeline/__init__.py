@@ -1,0 +1,1 @@
+"""From text anywhere to batches in a proved order."""

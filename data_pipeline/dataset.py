@@ -1,0 +1,91 @@
+"""A folder of shards, here or far away, opened for reading: manifest, tokenizer, shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.errors import DataError
+from data_pipeline import manifest as manifests
+from data_pipeline import tokenizer as tokenizers
+from data_pipeline.config import DataConfig
+from data_pipeline.inspect_shards import load_manifest
+from data_pipeline.loader import ShardSet
+from data_pipeline.manifest import HEADER, TABLE, Manifest
+from data_pipeline.places import is_url, public
+from data_pipeline.remote import ShardCache, fetch_small
+from data_pipeline.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What training and evaluation read."""
+
+    manifest: Manifest
+    tokenizer: Tokenizer
+    shards: ShardSet
+
+
+def open_dataset(data: DataConfig) -> Dataset:
+    """Open `data.dir` and check that it holds what the configuration asks for.
+
+    Raises DataError where there are no shards, the tokenizer is another, a source is missing, or, for a local folder,
+    a shard is missing or of another size.
+    """
+    if is_url(data.dir):
+        manifest, tokenizer, shards = _open_remote(data)
+    else:
+        folder = Path(data.dir).expanduser()
+        manifest, tokenizer = load_manifest(folder), tokenizers.load_folder(folder)
+        _check_sizes(folder, manifest)
+        shards = ShardSet(manifest, lambda info: folder / info.name)
+    _check_belongs(data, manifest, tokenizer)
+    return Dataset(manifest, tokenizer, shards)
+
+
+def _open_remote(data: DataConfig) -> tuple[Manifest, Tokenizer, ShardSet]:
+    url = data.dir.rstrip("/")
+    where = public(url)
+    manifest = manifests.decode(fetch_small(f"{url}/{HEADER}"), fetch_small(f"{url}/{TABLE}"), where)
+    model = None if manifest.tokenizer.spec == "bytes" else fetch_small(f"{url}/{tokenizers.MODEL}")
+    tokenizer = tokenizers.load(fetch_small(f"{url}/{tokenizers.HEADER}"), model, where)
+    folder = Path(data.cache_dir).expanduser() / manifest.fingerprint[:16]
+    cache = ShardCache(url, folder, int(data.cache_gib * 2**30))
+    return manifest, tokenizer, ShardSet(manifest, cache.locate, cache.expect)
+
+
+def _check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Fail before step 0 rather than at the first read: compare every shard's size with the manifest."""
+    for name, size in zip(manifest.table.column("name").to_pylist(), manifest.column("bytes").tolist()):
+        try:
+            found: int | None = (folder / name).stat().st_size
+        except FileNotFoundError:
+            found = None
+        if found != size:
+            state = "is missing" if found is None else f"has {found:,} bytes"
+            raise DataError(
+                f"shard {folder / name} {state}, the manifest says {size:,} bytes; build or copy it again"
+                " (`leviathan data check` lists all that are wrong)"
+            )
+
+
+def _check_belongs(data: DataConfig, manifest: Manifest, tokenizer: Tokenizer) -> None:
+    stated = manifest.tokenizer
+    if tokenizer.sha256 != stated.sha256 or tokenizer.vocab != stated.vocab:
+        raise DataError(
+            f"the tokenizer in {public(data.dir)} (sha256 {tokenizer.sha256[:12]}…, vocabulary {tokenizer.vocab}) is"
+            f" not the one its shards were made with ({stated.sha256[:12]}…, {stated.vocab}); put that one back or"
+            " build again"
+        )
+    if data.tokenizer != stated.spec and not data.tokenizer.endswith(".model"):
+        raise DataError(
+            f"data.tokenizer is {data.tokenizer!r}, but the shards in {public(data.dir)} were made with"
+            f" {stated.spec!r}; set it to that, or build shards in another data.dir"
+        )
+    missing = [name for name in data.sources if name not in manifest.sources]
+    if missing or not data.sources:
+        what = f"no source {missing[0]!r}" if missing else "sources, but data.sources names none"
+        raise DataError(
+            f"{public(data.dir)} has {what}; it has {', '.join(manifest.sources)};"
+            " name some of those under data.sources"
+        )

@@ -1,0 +1,96 @@
+"""Run tasks in this process, in worker processes, or wherever an executor sends them, a bounded number at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
+from itertools import islice
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+from configs.errors import LeviathanError
+from data_pipeline.tasks import Outcome, Task, run
+
+
+class InProcess(Executor):
+    """An executor that does each task when it is submitted."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """The finished future of fn(*args, **kwargs)."""
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@contextlib.contextmanager
+def executor_of(workers: int) -> Iterator[Executor]:
+    """This process for one worker, else so many new processes; however the block ends, none of them stays behind."""
+    if workers == 1:
+        yield InProcess()
+        return
+    # never fork: threads of this process (torch has some) would leave locks behind that nobody opens
+    context = get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)[::-1]
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(theirs,))
+    try:
+        yield pool
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        ours.close()
+        theirs.close()
+
+
+def run_all(tasks: Iterable[Task], executor: Executor, in_flight: int) -> Iterator[tuple[Task, Outcome]]:
+    """Each task and what came of it, as they finish. `tasks` is asked for the next one only when there is room for it.
+
+    Raises LeviathanError when a worker process died.
+    """
+    waiting = iter(tasks)
+    running: dict[Future[Outcome], Task] = {}
+    try:
+        while True:
+            for task in islice(waiting, in_flight - len(running)):
+                running[executor.submit(run, task)] = task
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in [future for future in running if future in done]:
+                outcome = future.result()
+                yield running.pop(future), outcome
+    except BrokenExecutor:
+        raise LeviathanError(_died(list(running.values()))) from None
+    finally:
+        for future in running:
+            future.cancel()
+
+
+def _died(tasks: list[Task]) -> str:
+    slices = " or ".join(f"slice {task.slice.number} of source {task.slice.source!r}" for task in tasks)
+    doing = f" at {slices}" if slices else ""
+    return (
+        f"a worker process died{doing} (killed, or out of memory); build again, finished slices are kept;"
+        " if it happens again, use fewer workers"
+    )
+
+
+def _begin_worker(parent: Connection) -> None:
+    """Leave Ctrl-C to the parent, and end at once when the parent ends or lets go."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Connection) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        parent.recv_bytes()
+    os._exit(1)

@@ -1,0 +1,1 @@
+"""Where a run happens: this machine, and what is shown of it."""

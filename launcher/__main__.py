@@ -1,0 +1,5 @@
+"""`python -m launcher` is `leviathan`."""
+
+from launcher.cli import main
+
+main()

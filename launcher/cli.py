@@ -1,0 +1,275 @@
+"""The `leviathan` command: verbs only. Each imports what it needs when it is called, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import typer
+
+from configs.errors import INTERRUPTED, ConfigError, LeviathanError, UsageError
+
+app = typer.Typer(
+    add_completion=False,
+    invoke_without_command=True,
+    help="Pretrain attention alternatives: proved causal, compared fairly, resumed to the bit.",
+    epilog="Begin with: leviathan data build demo; leviathan check demo; leviathan train demo",
+    pretty_exceptions_enable=False,
+)
+data = typer.Typer(invoke_without_command=True, help="Build shards, check them, look into them, ask what a step read.")
+
+PREPARE, TRAIN, USE = "Before a run", "Runs", "Trained models"
+Words = Annotated[
+    list[str], typer.Argument(metavar="CONFIG | KEY=VALUE", help="YAML files, later wins; then single values.")
+]
+Ranks = Annotated[int | None, typer.Option(min=1, help="Processes, one a device; instead of launch.ranks.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run under runs/, or the path of its folder.")]
+Folder = Annotated[str, typer.Argument(metavar="DIR", help="A folder of shards: data.dir.")]
+StepOf = Annotated[int | None, typer.Option(help="The checkpoint of this step; left out: the newest that is whole.")]
+
+
+@data.callback()
+def verbs(context: typer.Context) -> None:
+    """Without a verb, say which there are."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.callback()
+def leviathan(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Answer what is asked without a verb."""
+    if version:
+        from importlib.metadata import version as version_of
+
+        typer.echo(f"leviathan {version_of('leviathan-pretrain')}")
+        raise typer.Exit
+    verbs(context)
+
+
+@app.command(rich_help_panel=PREPARE)
+def doctor() -> None:
+    """Test this machine: versions, processors, memory, disk, clock, network between ranks; say what to do."""
+    from launcher.doctor import examine
+
+    raise typer.Exit(examine(Path.cwd()))
+
+
+app.add_typer(data, name="data", rich_help_panel=PREPARE)
+
+
+@data.command("build")
+def data_build(
+    words: Words,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that work; left out: one a core.")] = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Replace shards of another build in data.dir.")] = False,
+) -> None:
+    """Make the shards of a configuration in data.dir; goes on where an earlier build was stopped."""
+    from launcher.data import build_shards
+
+    files, values = _split(words)
+    build_shards(files, values, workers, rebuild)
+
+
+@data.command("check")
+def data_check(
+    folder: Folder,
+    length: Annotated[
+        int | None, typer.Option(min=1, help="Also tell how many tokens rows of this length waste.")
+    ] = None,
+) -> None:
+    """Read every byte of a folder of shards and compare it with the manifest; list all that is wrong."""
+    from launcher.data import check_shards
+
+    check_shards(folder, length)
+
+
+@data.command("show")
+def data_show(
+    folder: Folder,
+    source: Annotated[str | None, typer.Option(help="One source; left out: all of them.")] = None,
+    split: Annotated[Literal["train", "heldout"], typer.Option(help="Text to train on, or held-out text.")] = "train",
+    count: Annotated[int, typer.Option(min=1, help="Documents of each source, spread evenly.")] = 3,
+) -> None:
+    """Print documents as the tokenizer gives them back."""
+    from launcher.data import show_samples
+
+    show_samples(folder, source, split, count)
+
+
+@data.command("explain")
+def data_explain(
+    run: Run, step: Annotated[int, typer.Option(help="The step, counted from 1 as the trainer prints it.")]
+) -> None:
+    """Name the documents that the rows of a step came from; also of a step that is still to come."""
+    from launcher.data import explain_step
+
+    explain_step(run, step)
+
+
+@app.command(rich_help_panel=PREPARE)
+def check(words: Words, ranks: Ranks = None) -> None:
+    """Build everything without memory and say what a run would be, cost and need; trains and writes nothing."""
+    from launcher.check import check_run
+
+    files, values = _split(words)
+    check_run(files, values, ranks)
+
+
+@app.command(rich_help_panel=PREPARE)
+def mixers() -> None:
+    """List all token mixers: equation, source, cost, state, and what each promises."""
+    from launcher.texts import list_mixers
+
+    list_mixers()
+
+
+@app.command(rich_help_panel=TRAIN)
+def train(
+    words: Words,
+    ranks: Ranks = None,
+    branch: Annotated[str | None, typer.Option("--from", help="RUN or RUN@STEP to begin a new run from.")] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="A key that may differ from the run's beginning.")] = None,
+) -> None:
+    """Train here, under a supervisor; go on where the run was, if it was begun before."""
+    from launcher.train import train_here
+
+    files, values = _split(words)
+    raise typer.Exit(train_here(files, values, ranks=ranks, branch=branch, allow=allow or []))
+
+
+@app.command(rich_help_panel=TRAIN)
+def status(
+    run: Annotated[str | None, typer.Argument(metavar="RUN", help="One run in detail; left out: all runs.")] = None,
+    folder: Annotated[Path, typer.Option("--dir", help="Folder of all runs.")] = Path("runs"),
+) -> None:
+    """Show which runs there are, where they run, how far they are and how they ended."""
+    from launcher.status import show_all, show_one
+
+    if run is None:
+        show_all(folder)
+    else:
+        show_one(run, folder)
+
+
+@app.command(rich_help_panel=TRAIN)
+def logs(
+    run: Run,
+    rank: Annotated[int, typer.Option(min=0, help="Whose output.")] = 0,
+    lines: Annotated[int, typer.Option(min=0, help="The last so many lines; 0: all.")] = 100,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
+) -> None:
+    """Print what a rank printed."""
+    from launcher.status import show_log
+
+    show_log(run, rank, lines=lines, follow=follow)
+
+
+@app.command(rich_help_panel=TRAIN)
+def stop(
+    run: Run, timeout: Annotated[float, typer.Option(min=0, help="The longest to wait, in seconds.")] = 600.0
+) -> None:
+    """Ask a run to finish its step, save and leave, and wait until it has."""
+    from launcher.status import stop as stop_run
+
+    stop_run(run, timeout)
+
+
+@app.command(rich_help_panel=TRAIN)
+def why(
+    run: Run,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Also events and the end of a log.")] = False,
+) -> None:
+    """Say in one sentence why a run stopped and what to do."""
+    from launcher.why import show_why
+
+    show_why(run, verbose)
+
+
+@app.command("eval", rich_help_panel=USE)
+def evaluate(
+    run: Run,
+    step: StepOf = None,
+    rows: Annotated[str, typer.Option(metavar="N|all", help="Held-out rows of each source.")] = "256",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+) -> None:
+    """Measure loss, perplexity and bits per byte on held-out text, by source and by context."""
+    if rows != "all" and not (rows.isdigit() and int(rows)):
+        raise UsageError(f"--rows {rows} is no number of rows; write for example 256, or all")
+    from launcher.texts import evaluate_run
+
+    evaluate_run(run, step=step, rows=None if rows == "all" else int(rows), device=device)
+
+
+@app.command(rich_help_panel=USE)
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option(help="How the text begins.")],
+    tokens: Annotated[int, typer.Option(help="The most tokens to write.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; 1 draws as the model says.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Draw among so many of the likeliest; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw among the likeliest that hold this much probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same text.")] = 0,
+    step: StepOf = None,
+) -> None:
+    """Write text that goes on from a prompt, as it comes; nothing is recorded."""
+    from launcher.texts import write_text
+    from pretrain.generate import Sampling
+
+    write_text(run, prompt, step=step, tokens=tokens, sampling=Sampling(temperature, top_k, top_p, seed))
+
+
+@app.command(rich_help_panel=USE)
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN", help="One run, or several to compare.")],
+    out: Annotated[Path | None, typer.Option(help="The file; left out: report.html in the folder of the run.")] = None,
+) -> None:
+    """Write one HTML page with curves, history, evaluations and samples."""
+    from launcher.texts import report_runs
+
+    report_runs(runs, out)
+
+
+def main() -> None:
+    """Run the command line; one line for a mistake of the user's, a traceback only for ours."""
+    try:
+        code = app(standalone_mode=False, prog_name="leviathan")
+    except LeviathanError as error:
+        _tell(str(error))
+        code = error.exit_code
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        verb = context.command_path if context is not None else "leviathan"
+        _tell(f"{' '.join(error.format_message().split()).rstrip('.')}; see `{verb} --help`")
+        code = error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except PermissionError as error:
+        _tell(f"{error.filename}: {error.strerror}; change its permissions, or choose another place")
+        code = ConfigError.exit_code
+    _leave(code or 0)
+
+
+def _leave(code: int) -> NoReturn:
+    """End this process at once: everything of ours is closed, and the threads of C++ libraries (torch, Arrow) now and
+    then abort while the interpreter is torn down, which would turn any exit code into that of a crash."""
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+def _tell(message: str) -> None:
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """Configuration files, and key=value words."""
+    files = [word for word in words if "=" not in word or Path(word).is_file()]
+    return files, [word for word in words if word not in files]

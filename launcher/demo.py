@@ -1,0 +1,104 @@
+"""`make demo`: text to a trained model on this machine, with a rank killed on the way and the proof that it cost nothing.
+
+Every part is the command a user would type; between them this only tells what happens. The control is the same run,
+all its steps, with nothing happening to it: every loss and every byte of the final state are compared.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.rule import Rule
+
+from configs.errors import LeviathanError
+from launcher.prepare import resolve
+from pretrain.config import total_steps
+from pretrain.run_folder import RunFolder
+
+OUT = Path("demo-out")
+PROMPT = "def "
+CONFIG = "demo"
+
+
+class DemoFailedError(LeviathanError):
+    """A part of the demo did not do what it shows."""
+
+
+def main() -> int:
+    """Run all parts; return the exit code."""
+    screen = Console(highlight=False)
+    began = time.monotonic()
+    OUT.mkdir(exist_ok=True)
+    os.chdir(OUT)
+    shutil.rmtree("runs", ignore_errors=True)
+    config, launch = resolve([CONFIG], [])
+    steps = total_steps(config)
+    kill_at = steps // 2 + 7  # not at a checkpoint: some steps are done again
+    try:
+        _part(screen, "1. four kinds of text become shards", "data", "build", CONFIG)
+        _part(screen, f"2. train on {launch.ranks} DeepSpeed ranks; rank 1 is killed at step {kill_at} (SIGKILL)",
+              "train", CONFIG, env={"LEVIATHAN_FAULT": f"step.before_update:1:{kill_at - 1}"})  # fmt: skip
+        _part(screen, "3. the control: the same run with nothing happening to it",
+              "train", CONFIG, "run.name=control", "log.wandb=off")  # fmt: skip
+        _prove(screen, RunFolder(Path("runs/demo")), RunFolder(Path("runs/control")), steps)
+        _part(screen, "4. how good it is on text it never saw", "eval", "demo")
+        _part(screen, "5. what it writes", "generate", "demo", "--prompt", PROMPT, "--tokens", "300",
+              "--temperature", "0.8", "--seed", "1")  # fmt: skip
+        _part(screen, "6. the report", "report", "demo", "--out", "report.html")
+    except DemoFailedError as error:
+        screen.print(f"[bold red]{error}[/bold red]")
+        return error.exit_code
+    screen.print(Rule())
+    minutes = (time.monotonic() - began) / 60
+    screen.print(f"done in {minutes:.1f} minutes. Look at [bold]{(Path.cwd() / 'report.html')}[/bold]")
+    return 0
+
+
+def _part(screen: Console, title: str, *words: str, env: dict[str, str] | None = None) -> None:
+    """Run one command, as a user would type it."""
+    screen.print()
+    screen.print(Rule(title, align="left"))
+    screen.print(f"[dim]$ leviathan {' '.join(words)}[/dim]")
+    sys.stdout.flush()
+    code = subprocess.run([sys.executable, "-m", "launcher", *words], env=os.environ | (env or {})).returncode
+    if code:
+        raise DemoFailedError(f"`leviathan {' '.join(words)}` ended with {code}; `leviathan doctor` may say why")
+
+
+def _prove(screen: Console, killed: RunFolder, control: RunFolder, steps: int) -> None:
+    """Compare the killed run with the control, to the last bit, and say it."""
+    kinds = [record["event"] for record in killed.history()]
+    if "fault" not in kinds or "restart" not in kinds:
+        raise DemoFailedError("no rank died: there is nothing to prove (see runs/demo/events.jsonl)")
+    a, b = ({step: row["loss"].hex() for step, row in run.steps().items()} for run in (killed, control))
+    if len(a) != steps or a != b:
+        first = next((step for step in range(1, steps + 1) if a.get(step) != b.get(step)), None)
+        raise DemoFailedError(f"the losses differ from the control's, first at step {first}")
+    states = [_final_state(run, steps) for run in (killed, control)]
+    if states[0] != states[1]:
+        raise DemoFailedError("the final state differs from the control's although no loss does")
+    restart = next(record for record in killed.history() if record["event"] == "restart")
+    proof = (
+        f"proved: rank 1 was killed, the run went on from step {restart['step']} by itself and did {restart['redo']} steps"
+        f" again; all {steps} losses equal the control's to the last bit (step {steps}: {a[steps]}), and so does every"
+        " byte of the final parameters and moments"
+    )
+    killed.event("proof", proof)
+    screen.print()
+    screen.print(f"[bold green]{proof}[/bold green]")
+
+
+def _final_state(run: RunFolder, steps: int) -> list[str]:
+    from pretrain.checkpoint_files import newest_readable
+
+    return [note["sha256"] for note in newest_readable(run, steps).facts["files"]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""From files and words to a run folder that is ready to start: everything resolved, checked and frozen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError, LeviathanError
+from configs.load import Layers, build, load, read, to_yaml
+from data_pipeline.files import write_whole
+from launcher.config import LaunchConfig
+from launcher.runs import check_not_in_use
+from pretrain.config import PartConfig, RunConfig, may_change, micro_rows, must_match, short_hash, total_steps
+from pretrain.registry import Registry
+from pretrain.run_folder import RunFolder
+
+ROOT = Path(__file__).parents[1]
+
+Changes = dict[str, tuple[Any, Any]]
+"""Keys by dotted path, each with what it was and what it is now."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can start."""
+
+    config: RunConfig
+    launch: LaunchConfig
+    folder: RunFolder
+
+
+def resolve(files: Sequence[str | Path], words: Sequence[str]) -> tuple[RunConfig, LaunchConfig]:
+    """What the files and words say, checked; all mistakes at once. Raises ConfigError."""
+    config, launch, layers = _parse(files, words)
+    _check_parts(config, layers)
+    return config, launch
+
+
+def _parse(files: Sequence[str | Path], words: Sequence[str]) -> tuple[RunConfig, LaunchConfig, Layers]:
+    """What the files and words say, options of mixers still unchecked: for that their files must be imported."""
+    layers = read(files, words)
+    launch_layers = Layers(layers.tree.pop("launch", {}), _below(layers, "launch"))
+    mistakes: list[str] = []
+    config = _attempt(mistakes, lambda: build(RunConfig, layers))
+    launch = _attempt(mistakes, lambda: build(LaunchConfig, launch_layers, ("launch",)))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    assert config is not None and launch is not None
+    return config, launch, layers
+
+
+def _check_parts(config: RunConfig, layers: Layers) -> None:
+    """Raise ConfigError with every mistake in the names and options of mixers."""
+    mistakes: list[str] = []
+    for number, part in enumerate(config.model.mixers):
+        _check_options(mistakes, layers, ("model", "mixers", number), part)
+    _check_options(mistakes, layers, ("model", "channel"), config.model.channel)
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+
+
+def prepare(
+    files: Sequence[str | Path], words: Sequence[str], *, ranks: int | None, branch: str | None, allow: Sequence[str]
+) -> Prepared:
+    """A run folder for these files and words: a new one, or the one of an earlier start, to go on with.
+
+    ranks: instead of launch.ranks. branch: RUN or RUN@STEP that a new run begins from. allow: keys that may differ from
+    the earlier start although they make it another run.
+    """
+    config, launch, layers = _parse(files, words)
+    if ranks is not None:
+        launch = launch.model_copy(update={"ranks": ranks})
+    check_rows(config, launch.ranks)
+    _check_parts(config, layers)
+    folder = run_folder(config, files)
+    name = folder.name
+    # before anything is written: the run that has the folder reads it at every restart
+    check_not_in_use(folder)
+    config, copies = own_mixers(config, folder)
+    changes = changes_since(folder, config, allow) if has_begun(folder) else {}
+    if changes:
+        folder.event("change", f"configuration changed: {_shown(changes)}", changes=changes)
+    folder.make()
+    for target, source in copies.items():
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    facts = {"run_id": uuid.uuid4().hex, "name": name, "created": time.time()} if not folder.facts() else {}
+    if branch is not None:
+        facts["from"] = _origin(branch, Path(config.run.dir).expanduser(), folder)
+    folder.set_facts(**facts, steps=total_steps(config), ranks=launch.ranks, code=_code_version(folder))
+    write_whole(folder.config, to_yaml(config).encode())
+    write_whole(folder.launch, to_yaml(launch).encode())
+    folder.stop_request.unlink(missing_ok=True)
+    return Prepared(config, launch, folder)
+
+
+def run_folder(config: RunConfig, files: Sequence[str | Path]) -> RunFolder:
+    """Where a run of this configuration lies: under its name, or the last file's and a hash of what must not change."""
+    name = config.run.name or f"{Path(files[-1]).stem if files else 'run'}-{short_hash(config)}"
+    return RunFolder(Path(config.run.dir).expanduser() / name)
+
+
+def has_begun(folder: RunFolder) -> bool:
+    """Whether a run has taken a step, so that what it is trained on and with is settled."""
+    return any(path.exists() and path.stat().st_size for path in (folder.metrics,)) or any(
+        folder.checkpoints.glob("step_*")
+    )
+
+
+def check_rows(config: RunConfig, ranks: int) -> None:
+    """Raise ConfigError where the global batch cannot be dealt to the ranks."""
+    batch, micro = config.train.batch_rows, micro_rows(config, ranks)
+    if batch % ranks:
+        near = max(1, round(batch / ranks)) * ranks
+        raise ConfigError(f"train.batch_rows is {batch}, not a multiple of {ranks} ranks; the nearest is {near}")
+    share = batch // ranks
+    if share % micro:
+        fits = max(d for d in range(1, micro + 1) if share % d == 0)
+        raise ConfigError(
+            f"train.micro_rows is {micro}, which does not divide the {share} rows of a rank; the nearest is {fits}"
+        )
+
+
+def _below(layers: Layers, name: str) -> dict[Any, Any]:
+    return {key[1:]: origin for key, origin in layers.origins.items() if key[:1] == (name,)}
+
+
+def _attempt(mistakes: list[str], make: Any) -> Any:
+    try:
+        return make()
+    except ConfigError as error:
+        mistakes += str(error).splitlines()
+        return None
+
+
+def _check_options(mistakes: list[str], layers: Layers, key: tuple[str | int, ...], part: PartConfig) -> None:
+    """Have a part's own configuration judge its options. That needs its file and so torch: only where it matters."""
+    from_channel = key[-1] == "channel"
+    kind, folder = ("channel mixer", "channels") if from_channel else ("mixer", "mixers")
+    if part.file is None:
+        parts = Registry[Any](kind, ROOT / "pretrain" / folder, f"pretrain.{folder}")
+        if part.name not in parts.names():
+            # names are a list of files: a wrong one is told without importing any
+            wrong: list[str] = []
+            _attempt(wrong, lambda: parts.entry(part.name))
+            mistakes += [f"{layers.origin((*key, 'name'))}: {line}" for line in wrong]
+            return
+        if not part.options:
+            return
+    from pretrain import channel, mixer
+
+    registry = channel.REGISTRY if from_channel else mixer.REGISTRY
+    try:
+        entry = registry.entry(part.name, part.file)
+        below = layers.under((*key, "options")) if part.options else Layers()
+        build(entry.config, below, (*key, "options"))
+    except ConfigError as error:
+        place = layers.origin((*key, "name"))
+        text = str(error)
+        mistakes += [text] if ":" in text.split(" ")[0] else [f"{place}: {text}"]
+    except LeviathanError:
+        raise
+    except Exception as error:
+        mistakes.append(f"{layers.origin((*key, 'file'))}: the {kind} file {part.file} fails: {error}")
+
+
+def changes_since(folder: RunFolder, config: RunConfig, allow: Sequence[str] = ()) -> Changes:
+    """What a run's configuration has become since it began, key by key. Raises ConfigError for what must not change."""
+    old = load(RunConfig, [folder.config])
+    differs = _difference(must_match(old), must_match(config))
+    refused = {path: change for path, change in differs.items() if path not in allow}
+    if refused:
+        raise ConfigError(
+            f"run {folder.name} began with another configuration ({_shown(refused)}); go on with the old one, give this"
+            f" one another run.name, or allow it with --allow {next(iter(refused))}"
+        )
+    return differs | _difference(may_change(old), may_change(config))
+
+
+def _shown(changes: Changes) -> str:
+    return "; ".join(f"{path}: {_show(was)} → {_show(now)}" for path, (was, now) in changes.items())
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> Changes:
+    absent = "absent"
+    return {
+        path: (old.get(path, absent), new.get(path, absent))
+        for path in dict.fromkeys([*old, *new])
+        if old.get(path, absent) != new.get(path, absent)
+    }
+
+
+def _show(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def own_mixers(config: RunConfig, folder: RunFolder) -> tuple[RunConfig, dict[Path, Path]]:
+    """The configuration as the run folder has it: mixers of the user's own lie there, in a folder named by their
+    content, so that every node has them and a changed one is another mixer. Also what to copy: target to source."""
+    copies: dict[Path, Path] = {}
+
+    def place(part: PartConfig) -> PartConfig:
+        if part.file is None:
+            return part
+        source = Path(part.file)
+        digest = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
+        target = folder.path / "mixers" / digest / source.name
+        copies[target] = source
+        return part.model_copy(update={"file": str(target)})
+
+    mixers = tuple(place(part) for part in config.model.mixers)
+    return config.model_copy(update={"model": config.model.model_copy(update={"mixers": mixers})}), copies
+
+
+def _origin(branch: str, runs: Path, folder: RunFolder) -> dict[str, Any]:
+    """The run and step that a branch begins from."""
+    name, _, step = branch.partition("@")
+    if step and not step.isdigit():
+        raise ConfigError(f"--from {branch}: {step!r} is no step; write RUN or RUN@STEP, for example {name}@1000")
+    other = RunFolder.find(name, runs)
+    if other.path.resolve() == folder.path.resolve():
+        raise ConfigError(f"--from {branch} names the run itself; give the branch another run.name")
+    return {"run": str(other.path.resolve()), "step": int(step) if step else None}
+
+
+def _code_version(folder: RunFolder) -> dict[str, Any]:
+    """The commit that runs, and what differs from it, kept as code.patch."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return {"commit": None}
+    patch = git("diff", "HEAD") or ""
+    if patch:
+        write_whole(folder.path / "code.patch", patch.encode())
+    return {"commit": commit.strip(), "dirty": bool(patch)}

@@ -1,0 +1,228 @@
+"""`leviathan eval | generate | report | mixers`: what a trained model is worth, what it writes, what it is made of."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from configs.errors import ConfigError, DataError, UsageError
+from launcher.screen import Bar, harmless, make_table, make_terminal, one_line
+from pretrain import mixer
+from pretrain.evaluate import HeldOut
+from pretrain.generate import Sampling, generate
+from pretrain.mixer import Site, TokenMixer
+from pretrain.plots import short_number
+from pretrain.report import write_report
+from pretrain.run_folder import Record, RunFolder, append_line
+from pretrain.trained import Trained, evaluate_trained, load_trained
+
+Device = Literal["auto", "cpu", "cuda"]
+SHOWN_SITE = Site(width=768, length=1024, layer=0, depth=12)
+_ARXIV = re.compile(r"arXiv[: ](\d{4}\.\d{4,5})")
+
+
+# ---- what it is worth
+
+
+def evaluate_run(run: str, *, step: int | None, rows: int | None, device: Device) -> None:
+    """Print the held-out figures of a checkpoint; add them to the run's evals.jsonl. rows: of each source, or all."""
+    folder, terminal = RunFolder.find(run), make_terminal()
+    with terminal.status("loading the checkpoint"):
+        trained = load_trained(folder, step, _device(device))
+    batch_rows = trained.config.eval.batch_rows
+    total = _heldout_rows(trained, rows)
+    done = 0
+
+    with Bar(terminal, "evaluating", show=_rows_shown) as bar:
+
+        def advance() -> None:
+            nonlocal done
+            bar.update(done, total)
+            done = min(total, done + batch_rows)
+
+        record = evaluate_trained(trained, rows=rows, batch_rows=batch_rows, alive=advance)
+        bar.update(total, total)
+    append_line(folder.evals, record)
+    terminal.print()
+    terminal.print(_by_source(record, f"{folder.name} at step {trained.step:,} on held-out text"))
+    terminal.print()
+    terminal.print(_by_position(record))
+    terminal.print(f"\nadded to {folder.evals}", soft_wrap=True)
+
+
+def _heldout_rows(trained: Trained, rows: int | None) -> int:
+    config, dataset = trained.config, trained.dataset
+    heldout = HeldOut(dataset.manifest, dataset.shards, list(config.data.sources), config.model.length, rows)
+    if not heldout.rows:
+        raise DataError(
+            f"the shards in {config.data.dir} hold no held-out text (data.heldout was {config.data.heldout});"
+            " build them with data.heldout=0.01 in another data.dir"
+        )
+    return len(heldout.rows)
+
+
+def _rows_shown(count: float) -> str:
+    return f"{count:,.0f} rows" if count >= 10 or count == int(count) else f"{count:.1f} rows"
+
+
+def _by_source(record: Record, title: str) -> Table:
+    table = make_table("source", ">loss", ">perplexity", ">bits per byte", ">tokens", title=title)
+    several = len(record["sources"]) > 1
+    for name, figures in [*record["sources"].items(), *([("all", record)] if several else [])]:
+        bits = "–" if figures["bits_per_byte"] is None else f"{figures['bits_per_byte']:.4f}"
+        style = "bold" if name == "all" and figures is record else ""
+        perplexity = f"{figures['perplexity']:,.2f}"
+        table.add_row(name, f"{figures['loss']:.4f}", perplexity, bits, f"{figures['tokens']:,}", style=style)
+    return table
+
+
+def _by_position(record: Record) -> Table:
+    """How much the model gains from what it has read: the loss by the number of tokens before."""
+    table = make_table(">tokens before", ">loss", ">tokens", "", title="loss by context")
+    entries = record["by_position"]
+    highest = max(entry[2] for entry in entries)
+    for first, last, loss, count in entries:
+        span = f"{first:,}" if first == last else f"{first:,}–{last:,}"
+        table.add_row(span, f"{loss:.4f}", f"{count:,}", Text("█" * round(30 * loss / highest), style="cyan"))
+    return table
+
+
+# ---- what it writes
+
+
+def write_text(run: str, prompt: str, *, step: int | None, tokens: int, sampling: Sampling) -> None:
+    """Print `prompt` and what the model goes on with, piece by piece as it comes. Nothing is recorded."""
+    if tokens < 1:
+        raise UsageError(f"--tokens {tokens} leaves nothing to write; give at least 1")
+    trained = load_trained(RunFolder.find(run), step, _device("auto"))
+    # a file gets what the model wrote; a terminal must not be steered by it
+    shown = harmless if sys.stdout.isatty() else str
+    for piece in _pieces(trained, prompt, tokens, sampling):
+        sys.stdout.write(shown(piece))
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _pieces(trained: Trained, prompt: str, tokens: int, sampling: Sampling) -> Iterator[str]:
+    yield prompt
+    yield from generate(trained.model, trained.dataset.tokenizer, prompt, tokens=tokens, sampling=sampling)
+
+
+# ---- what it did
+
+
+def report_runs(runs: list[str], out: Path | None) -> None:
+    """Write one HTML page of a run, or of several side by side."""
+    folders = [RunFolder.find(run) for run in runs]
+    if out is None:
+        out = folders[0].path / "report.html" if len(folders) == 1 else Path("report.html")
+    if out.is_dir() or not out.parent.is_dir():
+        raise UsageError(f"--out {out} is no file in a folder that is there; name one, for example report.html")
+    write_report(folders, out)
+    make_terminal().print(f"wrote {out}", soft_wrap=True)
+
+
+# ---- what it is made of
+
+
+@dataclass(frozen=True)
+class MixerFacts:
+    """One row of the table of mixers, all of it asked of the mixer itself at SHOWN_SITE with its default options."""
+
+    name: str
+    what: str
+    equation: str
+    source: str
+    parameters: int
+    flops_per_token: int
+    state_bytes: int
+    promises: dict[str, bool]
+
+
+def mixer_facts(name: str, site: Site = SHOWN_SITE) -> MixerFacts:
+    """What a mixer of the registry says of itself."""
+    entry = mixer.REGISTRY.entry(name)
+    part: Any = entry.part
+    with torch.device("meta"):
+        built: TokenMixer = mixer.make(name, {}, site)
+    text = sys.modules[part.__module__].__doc__ or ""
+    return MixerFacts(
+        name,
+        _first_sentence(text),
+        _equation(text),
+        _source(text),
+        sum(parameter.numel() for parameter in built.parameters()),
+        built.flops_per_token(site.length),
+        built.state_bytes(site.length),
+        {promise: bool(getattr(part, promise)) for promise in ("causal", "streams", "isolates")},
+    )
+
+
+def list_mixers() -> None:
+    """Print the table of all token mixers."""
+    terminal, site = make_terminal(), SHOWN_SITE
+    title = f"one layer of width {site.width}, rows of {site.length:,} tokens, default options"
+    table = make_table("mixer", "what it is", ">parameters", ">FLOPs/token", ">state", "promises", title=title)
+    for name in mixer.REGISTRY.names():
+        try:
+            facts = mixer_facts(name)
+        except (ImportError, ConfigError) as error:
+            table.add_row(Text(name, style="bold"), Text(f"not usable here: {error}", style="yellow"))
+            continue
+        about = Text(facts.what)
+        if facts.equation:
+            about.append(f"\n{facts.equation}", style="cyan")
+        if facts.source:
+            about.append(f"\n{facts.source}", style="dim")
+        about.append("\n")
+        kept = [promise if held else f"not {promise}" for promise, held in facts.promises.items()]
+        table.add_row(
+            Text(name, style="bold"), about, short_number(facts.parameters), short_number(facts.flops_per_token),
+            _kib(facts.state_bytes), "\n".join(kept),
+        )  # fmt: skip
+    terminal.print(table)
+    terminal.print(
+        "\nFLOPs of a forward pass, a multiply-add is 2; state: bytes (bf16) that decoding keeps after a whole row.\n"
+        "Use one with model.mixers='[{name: NAME}]'; its options are in configs/mixers/NAME.yaml.",
+        style="dim",
+    )
+
+
+def _first_sentence(text: str) -> str:
+    paragraph = " ".join(text.strip().split("\n\n")[0].split())
+    found = re.match(r"(.*?[.:])(?:\s|$)", paragraph)
+    return (found[1] if found else paragraph).rstrip(":.") + "."
+
+
+def _equation(text: str) -> str:
+    """The first indented lines of a docstring: its equation."""
+    block = re.search(r"(?:^ {4}\S.*\n?)+", text, re.MULTILINE)
+    return "\n".join(line.strip() for line in block[0].splitlines()) if block else ""
+
+
+def _source(text: str) -> str:
+    """Where the equation is from: what the docstring names as its source, or the first paper it cites."""
+    stated = re.search(r"^Source: (.+?)(?:\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
+    if stated is not None:
+        return one_line(stated[1], 160)
+    paper = _ARXIV.search(text)
+    return f"arXiv {paper[1]}" if paper and paper[0] not in _first_sentence(text) else ""
+
+
+def _kib(count: int) -> str:
+    return f"{count / 1024:,.0f} KiB" if count < 1 << 20 else f"{count / (1 << 20):,.1f} MiB"
+
+
+def _device(wanted: Device) -> str:
+    """The device to use. Raises ConfigError where a wanted GPU is not there."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda, but torch sees no GPU here; use --device cpu, or check the driver")
+    return "cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu"

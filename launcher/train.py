@@ -1,0 +1,46 @@
+"""`leviathan train`: prepare a run folder, supervise the run, say how it ended and what comes next."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console as Terminal
+
+from configs.errors import CANNOT_GO_ON, DATA_INVALID, DONE, INTERRUPTED, PREEMPTED, USAGE, WRONG_CONFIG
+from launcher.console import Console
+from launcher.on_local import LocalRun
+from launcher.prepare import prepare
+from pretrain.config import total_steps
+from pretrain.run_folder import RunFolder
+
+
+def train_here(
+    files: Sequence[str], words: Sequence[str], *, ranks: int | None, branch: str | None, allow: Sequence[str]
+) -> int:
+    """Train on this machine; return the exit code."""
+    os.umask(0o077)  # a run is its owner's alone
+    prepared = prepare(files, words, ranks=ranks, branch=branch, allow=allow)
+    terminal = Terminal(highlight=False)
+    terminal.print(f"run [bold]{prepared.folder.name}[/bold] in {prepared.folder.path}")
+    console = Console(prepared.folder, total_steps(prepared.config))
+    try:
+        code = LocalRun(prepared.folder, prepared.launch, console.poll).run()
+    finally:
+        console.close()
+    if code in (USAGE, DATA_INVALID, CANNOT_GO_ON, WRONG_CONFIG):
+        # what a rank found is told where mistakes of the command line are told
+        stops = [event["message"] for event in prepared.folder.history() if event["event"] == "stop"]
+        print(f"error: {stops[-1].removeprefix('stopped: ')}", file=sys.stderr)
+    terminal.print(_ending(prepared.folder, code), soft_wrap=True)
+    return code
+
+
+def _ending(folder: RunFolder, code: int) -> str:
+    name = folder.name
+    if code == DONE:
+        return f"done. Next: leviathan eval {name} | leviathan generate {name} --prompt … | leviathan report {name}"
+    if code in (PREEMPTED, INTERRUPTED):
+        return f"stopped (exit {code}); the same command goes on from the last checkpoint"
+    return f"ended with exit code {code}; `leviathan why {name}` says why and what to do"

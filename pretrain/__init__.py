@@ -1,0 +1,1 @@
+"""What is trained: mixers, models, engines, checkpoints and the loop over them."""

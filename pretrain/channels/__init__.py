@@ -1,0 +1,1 @@
+"""One file per channel mixer; the file name is the channel mixer's name."""

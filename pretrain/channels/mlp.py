@@ -1,0 +1,39 @@
+"""The two-layer perceptron of the Transformer (arXiv 1706.03762): y = W2 act(W1 x), hidden width mult * D."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from configs.schema import Config as Options
+from configs.schema import key
+from pretrain.channel import ChannelMixer, register
+from pretrain.init import linear, residual
+from pretrain.layout import Layout
+from pretrain.mixer import Site
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "leaky_relu": F.leaky_relu}
+
+
+class Config(Options):
+    mult: float = key(4.0, "match", "hidden width as a multiple of the width", gt=0)
+    activation: Literal["gelu", "relu", "leaky_relu"] = key("gelu", "match", "the function between the two layers")
+
+
+@register(Config)
+class Mlp(ChannelMixer):
+    def __init__(self, config: Config, site: Site) -> None:
+        super().__init__()
+        hidden = round(config.mult * site.width)
+        self.activation = _ACTIVATIONS[config.activation]
+        self.up = linear(site.width, hidden, bias=site.bias)
+        self.down = residual(hidden, site.width, site.depth, bias=site.bias)
+
+    def forward(self, x_BTD: Tensor, layout: Layout) -> Tensor:
+        return self.down(self.activation(self.up(x_BTD)))
+
+    def flops_per_token(self) -> int:
+        return 2 * (self.up.weight.numel() + self.down.weight.numel())

@@ -1,0 +1,252 @@
+"""The engine protocol over DeepSpeed, ZeRO 0 to 3. The only file that imports deepspeed.
+
+Facts about DeepSpeed 0.19 that this file rests on, each held by a test:
+- on a CPU it would compile a shared-memory extension at `init_distributed` and hang on the lock of a killed compiler;
+- it divides gradients by the number of ranks, and clips by default;
+- it skips the update when the gradient's norm is not finite, except in stage 0 with fp32, where we do;
+- stages 1, 2 and bf16 keep fp32 masters in flat partitions that `_hp_mapping` locates; stage 3 in `grad_position`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.batch import Batch
+from pretrain import optim
+from pretrain.config import EngineConfig, OptimConfig
+from pretrain.engine import (
+    PARAM,
+    EngineState,
+    Fragment,
+    FragmentReader,
+    StepResult,
+    Tally,
+    Votes,
+    global_count,
+    no_votes,
+    scaled,
+)
+from pretrain.faults import fault_point
+from pretrain.models.language_model import LanguageModel, LossParts
+from pretrain.parallel import Ranks, seed_step
+
+Place = tuple[str, int, Tensor, dict[str, Tensor]]
+"""A parameter's name, and of the part this rank owns: its offset, its fp32 master, its moments. All views."""
+
+
+def import_deepspeed(device: torch.device) -> ModuleType:
+    """DeepSpeed, told about the device before it looks for itself, and quiet."""
+    os.environ["DS_ACCELERATOR"] = device.type
+    ranks = Ranks.from_environment()
+    for name, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_SIZE", ranks.world)):
+        os.environ.setdefault(name, str(value))
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    if device.type == "cpu":
+        # or a compiler runs at init_distributed, and a job killed meanwhile leaves a lock that hangs all later ones
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def start_distributed(device: torch.device, timeout_s: float) -> None:
+    """Join the process group that the launcher's environment describes; a group of one where it describes none."""
+    deepspeed = import_deepspeed(device)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "0")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(
+        backend, auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False, dist_init_required=None
+    )
+
+
+class DeepSpeedEngine:
+    """One rank of a DeepSpeed job."""
+
+    def __init__(
+        self, model: LanguageModel, optim_config: OptimConfig, config: EngineConfig, *, sources: int, seed: int,
+        device: torch.device, batch_rows: int, micro_rows: int,
+    ) -> None:  # fmt: skip
+        self.model, self.device = model, device
+        self._sources, self._seed, self._ranks = sources, seed, Ranks.from_environment()
+        self._own_clip = optim_config.clip if config.zero == 0 and config.precision == "fp32" else None
+        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        groups = optim.param_groups(model, optim_config)
+        self._kinds = {name: group["kind"] for group in groups for name in group["names"]}
+        settings = _settings(optim_config, config, model, self._ranks.world, batch_rows, micro_rows)
+        self._base = optim.make_optimizer(groups, optim_config)
+        # stage 0 with bf16 makes one update without gradients at once: it must not decay weights, nor count
+        optim.set_lr(self._base, 0.0)
+        start_distributed(device, config.timeout_s)
+        if config.compile:
+            model.compile()
+        self._engine, *_ = import_deepspeed(device).initialize(model=model, optimizer=self._base, config=settings)
+        self._zero, self._updates = config.zero, 0
+        self._prime()
+
+    def step(self, batches: Sequence[Batch], step: int, lr_scale: float, votes: Votes = no_votes) -> StepResult:
+        if not self._engine.training:
+            self._engine.train()
+        seed_step(self._seed, step, self._ranks.rank)
+        tally = Tally(self._sources, self.device)
+        count = global_count(batches, self.device)
+        # DeepSpeed averages gradients over ranks; the loss is already divided by the count of all of them
+        scale = self._ranks.world / count
+        optim.set_lr(self._base, lr_scale)
+        for number, batch in enumerate(batches):
+            fault_point("step.before_forward", step)
+            batch = batch.to(self.device)
+            parts = self._engine(batch)
+            self._engine.backward(scaled(parts.total, scale, step), scale_wrt_gas=False)
+            tally.add(batch, parts.loss_BT)
+            if number == len(batches) - 1:
+                fault_point("step.before_update", step)
+                grad_norm = self._own_norm() if self._own_clip is not None else None
+            self._engine.step()
+        if self._own_clip is None:
+            grad_norm = self._their_norm()
+        self._updates += grad_norm is not None
+        return tally.finish(count.item(), grad_norm, sum(batch.tokens_BT.numel() for batch in batches), votes)
+
+    def _own_norm(self) -> float | None:
+        """Clip, or drop every gradient where the norm is not finite: an optimizer without gradients does nothing."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        value = norm.item()
+        if value - value != 0.0:
+            for p in parameters:
+                p.grad = None
+            return None
+        if self._own_clip:
+            nn.utils.clip_grads_with_norm_(parameters, self._own_clip, norm)
+        return value
+
+    def _their_norm(self) -> float | None:
+        if self._engine.optimizer.overflow:
+            return None
+        return float(self._engine.get_global_grad_norm())
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> LossParts:
+        self._engine.eval()
+        return self._engine(batch.to(self.device))
+
+    def state(self) -> EngineState:
+        fragments = []
+        for name, offset, master, moments in self._places():
+            for kind, tensor in {PARAM: master, **moments}.items():
+                fragments.append(Fragment(name, kind, offset, tensor.detach().view(-1)))
+        return EngineState(fragments, self._shapes, self._updates)
+
+    @torch.no_grad()
+    def load(self, reader: FragmentReader) -> None:
+        for name, offset, master, moments in self._places(everything=True):
+            stop = offset + master.numel()
+            master.view(-1).copy_(reader.read(name, PARAM, offset, stop))
+            for kind, tensor in moments.items():
+                tensor.view(-1).copy_(reader.read(name, kind, offset, stop))
+        self._refresh(reader)
+        self._updates = reader.updates
+        optim.set_updates(self._base, self._updates)
+
+    def _prime(self) -> None:
+        """Have the optimizer's state exist before the first step, so that a checkpoint can be loaded."""
+        if self._zero == 3:
+            flats = list(zip(self._engine.optimizer.fp32_partitioned_groups_flat, self._kind_of_flat()))
+        else:
+            flats = [(p, group["kind"]) for group in self._base.param_groups for p in group["params"]]
+        for flat, kind in flats:
+            optim.prime(self._base, [flat], kind)
+        optim.set_updates(self._base, 0)
+
+    def _kind_of_flat(self) -> list[str]:
+        return [self._base.param_groups[g]["kind"] for g in self._engine.optimizer.sub_group_to_group_id.values()]
+
+    def _places(self, everything: bool = False) -> Iterator[Place]:
+        """What this rank owns. Stage 0 has all on every rank: ranks share the writing, unless `everything` is asked."""
+        whole = {} if self._zero else self._whole_masters()
+        for number, (name, p) in enumerate(self.model.named_parameters()):
+            if hasattr(p, "ds_id"):
+                place = self._place_stage3(name, p)
+            elif hasattr(p, "_hp_mapping"):
+                place = self._place_flat(name, p)
+            else:
+                mine = everything or number % self._ranks.world == self._ranks.rank
+                master = whole.get(name, p)
+                place = (name, 0, master.data, self._moments(name, master)) if mine else None
+            if place is not None:
+                yield place
+
+    def _whole_masters(self) -> dict[str, Tensor]:
+        """Stage 0: the fp32 tensors that the optimizer updates, by name."""
+        return {name: p for g in self._base.param_groups for name, p in zip(g["names"], g["params"])}
+
+    def _place_flat(self, name: str, p: Any) -> Place | None:
+        mapping = p._hp_mapping
+        if mapping is None:
+            return None
+        flat = self._base.param_groups[mapping.param_group_index]["params"][0]
+        start, count = mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+        moments = {key: value.narrow(0, start, count) for key, value in self._moments(name, flat).items()}
+        return name, mapping.lp_fragment_address.start, flat.data.narrow(0, start, count), moments
+
+    def _place_stage3(self, name: str, p: Any) -> Place | None:
+        zero = self._engine.optimizer
+        group, start, padded = zero.grad_position[zero.get_param_id(p)]
+        offset = self._ranks.rank * padded
+        count = min(padded, p.ds_numel - offset)
+        if count <= 0:
+            return None
+        flat = zero.fp32_partitioned_groups_flat[group]
+        moments = {key: value.narrow(0, start, count) for key, value in self._moments(name, flat).items()}
+        return name, offset, flat.data.narrow(0, start, count), moments
+
+    def _moments(self, name: str, holder: Tensor) -> dict[str, Tensor]:
+        if name not in self._kinds:
+            return {}
+        return {key: self._base.state[holder][key] for key in optim.STATE_KEYS[self._kinds[name]]}
+
+    def _refresh(self, reader: FragmentReader) -> None:
+        """Bring the parameters that the model computes with in line with the masters just loaded."""
+        zero = self._engine.optimizer
+        for name, p in self.model.named_parameters():
+            if not hasattr(p, "ds_id"):
+                p.data.copy_(reader.read(name, PARAM, 0, p.numel()).view(p.shape))
+        if self._zero == 3:
+            for group in range(len(zero.fp32_partitioned_groups_flat)):
+                zero._reassign_or_swap_out_partitioned_parameters(group)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def _settings(
+    optim_config: OptimConfig, config: EngineConfig, model: nn.Module, world: int, batch_rows: int, micro_rows: int
+) -> dict[str, Any]:
+    """DeepSpeed's own configuration."""
+    count = sum(p.numel() for p in model.parameters())
+    bucket = max(1 << 16, min(500_000_000, count))
+    zero: dict[str, Any] = {"stage": config.zero, "reduce_bucket_size": bucket, "overlap_comm": False}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": sys.platform == "linux" and config.device == "cuda"}
+    return {
+        "train_batch_size": batch_rows,
+        "train_micro_batch_size_per_gpu": micro_rows,
+        "gradient_accumulation_steps": batch_rows // (micro_rows * world),
+        # 0.0 switches clipping off; left out it would be 1.0
+        "gradient_clipping": 0.0 if config.zero == 0 and config.precision == "fp32" else optim_config.clip,
+        "zero_optimization": zero,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }

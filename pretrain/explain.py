@@ -1,0 +1,165 @@
+"""Which documents a training step read: the order of the rows, asked for people instead of for a model.
+
+Nothing was recorded while training. The run folder says which rows the step took and in what mixture, the shards say
+what stands there, so the answer is the same for every step of every run, also for steps that are still to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.errors import DataError, UsageError
+from configs.load import load
+from data_pipeline.dataset import Dataset, open_dataset
+from data_pipeline.order import Order
+from data_pipeline.places import public
+from data_pipeline.shards import Shard
+from pretrain.checkpoint_files import read_manifest
+from pretrain.config import RunConfig
+from pretrain.run_folder import RunFolder, step_name
+
+PREVIEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a row read of one document: `tokens` of it, from its token `first` on."""
+
+    name: str
+    first: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a step. number: in the run. first: its first token within the shard. text: how it begins."""
+
+    number: int
+    source: str
+    shard: str
+    first: int
+    parts: tuple[Part, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step reads. number: from 1, as in metrics.jsonl. rows: how many, from row `first_row` of the run on."""
+
+    number: int
+    length: int
+    first_row: int
+    count: int
+    rows: Iterator[Row]
+
+
+@dataclass(frozen=True)
+class _Anchor:
+    """A point of the run at which it is known how many rows were consumed, and all changes of mixture and skips."""
+
+    step: int
+    rows: int
+    weights: list[tuple[int, dict[str, float]]]
+    skips: list[tuple[int, int]]
+    begins_at: int = 0
+
+
+def explain(folder: RunFolder, step: int) -> Step:
+    """The rows of step `step` of a run, counted from 1 as in metrics.jsonl, and the documents behind them.
+
+    Raises UsageError for a step that is not this run's, DataError where the shards are not those it was trained on.
+    """
+    config = load(RunConfig, [folder.config])
+    dataset = open_dataset(config.data)
+    _check_same_data(folder, config, dataset)
+    anchor = _anchor(folder, config, dataset)
+    if step < anchor.begins_at + 1:
+        origin = f"; steps up to {anchor.begins_at} are those of {folder.facts()['from']['run']}" if step > 0 else ""
+        raise UsageError(f"{folder.name} has no step {step}: its first is {anchor.begins_at + 1}{origin}")
+    batch = config.train.batch_rows
+    first = anchor.rows + (step - 1 - anchor.step) * batch
+    (_, weights), *changes = anchor.weights
+    order = Order(
+        dataset.manifest, length=config.model.length, seed=config.run.seed, weights=weights,
+        window=config.data.window, changes=changes, skips=anchor.skips,
+    )  # fmt: skip
+    return Step(step, config.model.length, first, batch, _rows(order, dataset, first, batch))
+
+
+def _rows(order: Order, dataset: Dataset, first: int, count: int) -> Iterator[Row]:
+    found = order.rows(first, count)
+    opened, ends, names = -1, np.empty(0, dtype=np.int64), list[str]()
+    for number, (source, place, start) in enumerate(zip(found.source, found.shard, found.start.tolist())):
+        shard = dataset.shards[int(place)]
+        if place != opened:
+            opened, ends, names = int(place), shard.ends()[:, 0], shard.names()
+        parts = tuple(_parts(ends, names, start, start + order.length + 1))
+        text = _text(shard, dataset, start, min(order.length, PREVIEW_TOKENS))
+        yield Row(first + number, order.names[source], shard.info.name, start, parts, text)
+
+
+def _parts(ends: np.ndarray, names: list[str], start: int, stop: int) -> Iterator[Part]:
+    """The documents that tokens [start, stop) belong to."""
+    at = start
+    document = int(np.searchsorted(ends, start, side="right"))
+    while at < stop:
+        begin = int(ends[document - 1]) if document else 0
+        yield Part(names[document], at - begin, min(int(ends[document]), stop) - at)
+        at, document = int(ends[document]), document + 1
+
+
+def _text(shard: Shard, dataset: Dataset, start: int, count: int) -> str:
+    ids = np.empty(count, dtype=np.int64)
+    shard.copy(start, start + count, ids)
+    return dataset.tokenizer.decode(ids)
+
+
+def _check_same_data(folder: RunFolder, config: RunConfig, dataset: Dataset) -> None:
+    stated = folder.facts().get("data_fingerprint", dataset.manifest.fingerprint)
+    if stated != dataset.manifest.fingerprint:
+        raise DataError(
+            f"{public(config.data.dir)} holds other shards than {folder.name} was trained on (fingerprint"
+            f" {dataset.manifest.fingerprint[:12]}…, the run has {stated[:12]}…); put the old ones back to ask about it"
+        )
+
+
+def _anchor(folder: RunFolder, config: RunConfig, dataset: Dataset) -> _Anchor:
+    """The newest point that is known, of this run or, before its first checkpoint, of the run it branched from."""
+    own = {name: source.weight for name, source in config.data.sources.items()}
+    origin, begins_at = folder.facts().get("from"), 0
+    resumed = [event["step"] for event in folder.history() if event["event"] == "resume" and event.get("step")]
+    if origin is not None:
+        begins_at = int(origin["step"] or (resumed[0] if resumed else 0))
+    found = _newest_manifest(folder)
+    if found is None and origin is not None:
+        other = RunFolder(Path(origin["run"]))
+        found = read_manifest(other.checkpoints / step_name(begins_at)) if begins_at else _newest_manifest(other)
+        if found is None:
+            raise DataError(f"{folder.name} branched from {origin['run']}, which has no checkpoint to tell from where")
+        begins_at = found["step"]
+        if found["data"]["fingerprint"] != dataset.manifest.fingerprint:
+            # other data than the origin's are read from their beginning
+            return _Anchor(begins_at, 0, [(0, own)], [], begins_at)
+    if found is None:
+        return _Anchor(0, 0, [(0, own)], [])
+    data = found["data"]
+    weights = [(int(row), dict(weights)) for row, weights in data["weights"]]
+    if weights[-1][1] != own:
+        weights.append((data["rows"], own))
+    skips = [(int(at), int(count)) for at, count in data["skips"]]
+    return _Anchor(found["step"], data["rows"], weights, skips, begins_at)
+
+
+def _newest_manifest(folder: RunFolder) -> dict[str, Any] | None:
+    """What the newest checkpoint says whose manifest is whole; its tensors do not matter here."""
+    for step in folder.committed_steps():
+        try:
+            return read_manifest(folder.checkpoints / step_name(step))
+        except DataError:
+            continue
+    return None

@@ -1,0 +1,85 @@
+"""How parameters begin: each says it where it is made, and draws from a generator named by itself.
+
+A parameter's first values depend on the seed and its name alone, so they are the same for every rank, sharding and
+order of construction. Models are built on the meta device, given memory, then filled here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.parallel import derive_seed
+
+Fill = Callable[[Tensor, torch.Generator], Tensor]
+
+
+def normal(std: float) -> Fill:
+    """Independent normal values of mean 0."""
+    return lambda tensor, generator: _draw(tensor, generator).mul_(std)
+
+
+def constant(value: float) -> Fill:
+    """The same value everywhere."""
+    return lambda tensor, generator: tensor.fill_(value)
+
+
+def values(make: Callable[[], Tensor]) -> Fill:
+    """What `make` returns, copied; it is called when the parameter is filled, not when it is declared."""
+    return lambda tensor, generator: tensor.copy_(make())
+
+
+def declare(module: nn.Module, fills: Mapping[str, Fill]) -> None:
+    """Say how a module's own parameters begin."""
+    module.fills = dict(fills)  # type: ignore[assignment]
+
+
+def linear(fan_in: int, fan_out: int, *, bias: bool = False) -> nn.Linear:
+    """A linear layer that keeps the size of its input: normal weights of std 1/sqrt(fan_in), a zero bias if any.
+
+    At a width of 2,500 that is GPT-2's 0.02; narrower models need larger weights and learn much faster with them.
+    """
+    return _linear(fan_in, fan_out, bias, normal(fan_in**-0.5))
+
+
+def residual(fan_in: int, fan_out: int, depth: int, *, bias: bool = False) -> nn.Linear:
+    """A linear layer that ends a residual branch of a model of `depth` blocks: all branches together begin at a
+    quarter of the size of a linear layer's output, so that at first each token is mostly itself.
+
+    Measured in docs/BENCHMARKS.md: a full size hides the token from later blocks and costs 0.02 nats; zero, which
+    learns as well, lets a tied head begin by repeating each token with a logit of sqrt(width).
+    """
+    return _linear(fan_in, fan_out, bias, normal(0.25 / (2 * depth * fan_in) ** 0.5))
+
+
+def embedding(count: int, width: int) -> nn.Embedding:
+    """A table of normal vectors of length about 1, so that a tied head begins with logits of size 1."""
+    table = nn.Embedding(count, width)
+    declare(table, {"weight": normal(width**-0.5)})
+    return table
+
+
+def _linear(fan_in: int, fan_out: int, bias: bool, weight: Fill) -> nn.Linear:
+    layer = nn.Linear(fan_in, fan_out, bias=bias)
+    declare(layer, {"weight": weight} | ({"bias": constant(0.0)} if bias else {}))
+    return layer
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int) -> None:
+    """Fill every parameter as declared. Raises TypeError for one that nobody declared."""
+    for path, module in model.named_modules():
+        fills = getattr(module, "fills", {})
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{path}.{name}" if path else name
+            if name not in fills:
+                raise TypeError(f"nobody says how the parameter {full} begins; declare it where it is made")
+            generator = torch.Generator().manual_seed(derive_seed(seed, "init", full))
+            fills[name](parameter, generator)
+
+
+def _draw(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal values drawn on the CPU in fp32, so that they do not depend on device or precision."""
+    return tensor.copy_(torch.empty(tensor.shape, dtype=torch.float32).normal_(generator=generator))

@@ -1,0 +1,1 @@
+"""One file per token mixer; the file name is the mixer's name."""

@@ -1,0 +1,1 @@
+"""The arithmetic: each fast path stands beside a plain twin that tests hold it to."""

@@ -1,0 +1,82 @@
+"""Softmax attention over packed documents, and lag-stacked queries and keys.
+
+Shapes: B rows, H heads, T queries, S keys, E head width, L lags.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.layout import Layout
+
+_EXPLICIT_BYTES = 64 << 20
+
+
+def attend(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTV: Tensor, layout: Layout, scale: float) -> Tensor:
+    """softmax(scale q k^T) v, causal, within documents. Keys and values may have fewer heads (GQA). (B, H, T, V)."""
+    grouped = k_BHTE.shape[1] != q_BHTE.shape[1]
+    if q_BHTE.device.type == "cpu" and v_BHTV.shape[-1] != k_BHTE.shape[-1]:
+        return _attend_narrow_values(q_BHTE, k_BHTE, v_BHTV, layout, scale)
+    if layout.ramps:
+        return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTV, is_causal=True, scale=scale, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q_BHTE, k_BHTE, v_BHTV, attn_mask=layout.mask(), scale=scale, enable_gqa=grouped
+    )
+
+
+def _attend_narrow_values(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+    """The CPU has a fast kernel only for values as wide as keys: small scores are cheaper written out,
+    and for large ones, which must not be kept, values are padded."""
+    rows, heads, length = q.shape[:3]
+    if rows * heads * length * length * q.element_size() <= _EXPLICIT_BYTES:
+        # the mask is added by the matrix product itself: no pass of its own over the scores, forward or backward
+        bias = layout.mask_bias(q.dtype).expand(rows, heads, length, length).flatten(0, 1)
+        scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale)
+        return scores.softmax(-1).unflatten(0, (rows, heads)) @ v
+    padded = attend(q, k, F.pad(v, (0, k.shape[-1] - v.shape[-1])), layout, scale)
+    return padded[..., : v.shape[-1]]
+
+
+def attend_naive(q_BHTE: Tensor, k_BHSE: Tensor, v_BHSV: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """The equation itself. mask: (B or 1, 1, T, S) bool, true where a query sees a key; keys may have fewer heads."""
+    groups = q_BHTE.shape[1] // k_BHSE.shape[1]
+    if groups > 1:
+        k_BHSE, v_BHSV = (x.repeat_interleave(groups, dim=1) for x in (k_BHSE, v_BHSV))
+    scores = (q_BHTE * scale) @ k_BHSE.transpose(-1, -2)
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v_BHSV
+
+
+def stack_lags(x_BHTE: Tensor, weights_HL: Tensor | None, lags: int, layout: Layout) -> Tensor:
+    """Beside each token's vector those of the `lags` - 1 tokens before it, zero beyond its document. (B, H, T, L*E).
+
+    weights_HL: a factor for each lag, per head.
+    """
+    pieces = []
+    for lag in range(min(lags, x_BHTE.shape[2])):
+        piece = x_BHTE if lag == 0 else F.pad(x_BHTE[:, :, :-lag], (0, 0, lag, 0))
+        if lag and not layout.ramps:
+            piece = piece * layout.reaches(lag)
+        pieces.append(piece if weights_HL is None else piece * weights_HL[:, lag, None, None])
+    return torch.cat(pieces, dim=-1)
+
+
+def lag_scores(rows_BHRS: Tensor, weights_HL: Tensor, pos_BT: Tensor, pos_BS: Tensor) -> Tensor:
+    """S[t, s] = sum_l w_l P[t-l, s-l], terms from another document left out. (B, H, T, S).
+
+    rows_BHRS: products P of the last T queries with all keys, and before them those of the L - 1 queries before.
+    pos_BT, pos_BS: positions of queries and keys within their documents.
+    """
+    lags, length = weights_HL.shape[1], pos_BT.shape[1]
+    total = None
+    for lag in range(min(lags, pos_BS.shape[1])):
+        start = lags - 1 - lag
+        piece = rows_BHRS[:, :, start : start + length]
+        if lag:
+            piece = F.pad(piece[..., :-lag], (lag, 0))
+            piece = piece * ((pos_BT >= lag)[:, None, :, None] & (pos_BS >= lag)[:, None, None, :])
+        piece = piece * weights_HL[:, lag, None, None]
+        total = piece if total is None else total + piece
+    assert total is not None
+    return total

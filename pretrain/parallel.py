@@ -1,0 +1,103 @@
+"""Ranks: who this process is among them, what they agree on, and seeds that need no memory.
+
+The only file that imports torch.distributed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: its number, how many there are, its number on this host, the host's name."""
+
+    rank: int
+    world: int
+    local_rank: int
+    host: str
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """What the launcher set: RANK, WORLD_SIZE, LOCAL_RANK; one rank where it set nothing."""
+        return cls(
+            int(os.environ.get("RANK", 0)),
+            int(os.environ.get("WORLD_SIZE", 1)),
+            int(os.environ.get("LOCAL_RANK", 0)),
+            socket.gethostname(),
+        )
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which writes what is written once."""
+        return self.rank == 0
+
+
+def derive_seed(seed: int, *purpose: object) -> int:
+    """A 63-bit seed for one purpose: a pure function, so that no generator's state is ever saved."""
+    text = "|".join(map(str, (seed, *purpose)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch's own generators for what is random within one step of one rank (dropout)."""
+    value = derive_seed(seed, "step", step, rank)
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.manual_seed(value)
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """`values` summed over all ranks; untouched where there is one rank."""
+    return _reduce(values, dist.ReduceOp.SUM)
+
+
+def min_over_ranks(values: Tensor) -> Tensor:
+    """The least of each of `values` over all ranks."""
+    return _reduce(values, dist.ReduceOp.MIN)
+
+
+def _reduce(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return values
+    # NCCL knows no host memory
+    shared = values.cuda() if _on_cuda() and not values.is_cuda else values
+    dist.all_reduce(shared, op=operation)
+    return shared
+
+
+def same_on_all_ranks(numbers: list[int]) -> list[int]:
+    """Rank 0's list of whole numbers, on every rank."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return numbers
+    device = "cuda" if _on_cuda() else "cpu"
+    count = torch.tensor([len(numbers)], device=device)
+    dist.broadcast(count, src=0)
+    values = torch.zeros(int(count.item()), dtype=torch.long, device=device)
+    if dist.get_rank() == 0:
+        values.copy_(torch.tensor(numbers, dtype=torch.long))
+    if len(values):
+        dist.broadcast(values, src=0)
+    return values.tolist()
+
+
+def finish() -> None:
+    """Leave the process group."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    sum_over_ranks(torch.zeros(1, device="cuda" if _on_cuda() else "cpu"))
+
+
+def _on_cuda() -> bool:
+    return dist.is_initialized() and dist.get_backend() == "nccl"

@@ -1,0 +1,83 @@
+"""One rank of a run, from its folder to its exit code: `python -m pretrain.run FOLDER`. Wiring only.
+
+The launcher says who this rank is: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR, MASTER_PORT, and
+LEVIATHAN_ATTEMPT, LEVIATHAN_FENCE, LEVIATHAN_HEARTBEAT, LEVIATHAN_PARENT where a supervisor watches.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from configs.errors import LeviathanError
+from configs.load import load
+from pretrain.config import RunConfig
+from pretrain.health import Heartbeat, StopRequests
+from pretrain.run_folder import RunFolder
+
+
+def main(arguments: list[str]) -> int:
+    """Run one rank; return its exit code, and leave a note of why it ended."""
+    _die_with_parent()
+    os.umask(0o077)  # a run is its owner's alone
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    folder = RunFolder(Path(arguments[0]))
+    rank = int(os.environ.get("RANK", "0"))
+    code, message = 1, ""
+    try:
+        code = _run(folder, rank)
+    except LeviathanError as error:
+        code, message = error.exit_code, str(error)
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    except BaseException as error:
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        traceback.print_exc()
+    note = {"rank": rank, "code": code, "message": message, "attempt": int(os.environ.get("LEVIATHAN_ATTEMPT", "0"))}
+    folder.exit_of(rank).write_text(json.dumps(note))
+    return code
+
+
+def _run(folder: RunFolder, rank: int) -> int:
+    heartbeat = Heartbeat.from_environment(rank)
+    heartbeat.at("start", 0)
+    requests = StopRequests(folder.stop_request if rank == 0 else None)
+    config = load(RunConfig, [folder.config])
+    # torch is imported only now: a mistake in what stands above costs no seconds
+    from pretrain.session import Session
+
+    session = Session(folder, config, heartbeat)
+    try:
+        return session.train(requests)
+    finally:
+        session.close()
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when its supervisor dies: no rank outlives it."""
+    parent = os.environ.get("LEVIATHAN_PARENT")
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != int(parent):  # it died before the call above
+        os._exit(1)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process without tearing down the C++ side of torch, which now and then aborts while its gloo threads
+    go (a rank that has done all its work would look as if it had died). Everything of ours is closed by now."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1:]))

@@ -1,0 +1,121 @@
+"""The folder of one run: what lies where, its history, and its metrics.
+
+config.yaml launch.yaml    resolved and frozen before anything starts
+run.json                   run id, W&B id, code version, data fingerprint, tokenizer hash
+checkpoints/step_000001200/
+metrics.jsonl              one line a step           events.jsonl    starts, stops, faults, skips, checkpoints
+logs/rank_00000.log        what each rank printed    logs/rank_00000.exit.json    why a rank ended
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from configs.errors import UsageError
+from data_pipeline.files import write_whole
+
+Record = dict[str, Any]
+
+
+class RunFolder:
+    """One run on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = path.name
+        self.attempt = int(os.environ.get("LEVIATHAN_ATTEMPT", "0"))
+        """Which life of the run writes here."""
+        self.config, self.launch = path / "config.yaml", path / "launch.yaml"
+        self.checkpoints, self.logs = path / "checkpoints", path / "logs"
+        self.metrics, self.events = path / "metrics.jsonl", path / "events.jsonl"
+        self.evals = path / "evals.jsonl"
+        self.wandb, self.stop_request = path / "wandb", path / "stop.request"
+
+    @classmethod
+    def find(cls, name: str, runs: Path = Path("runs")) -> RunFolder:
+        """A run by its name under `runs`, or by the path of its folder."""
+        for path in (Path(name), runs / name):
+            if (path / "run.json").is_file():
+                return cls(path)
+        known = sorted(p.parent.name for p in runs.glob("*/run.json"))
+        there = f"there is {', '.join(known[-8:])}" if known else "there is none yet; start one with `leviathan train`"
+        raise UsageError(f"no run called {name!r} in {runs}/; {there}")
+
+    def make(self) -> None:
+        """Create the folder, for its owner alone."""
+        old = os.umask(0o077)
+        try:
+            for folder in (self.path, self.checkpoints, self.logs):
+                folder.mkdir(parents=True, exist_ok=True)
+        finally:
+            os.umask(old)
+
+    def facts(self) -> Record:
+        """What run.json says; empty for a run that has not begun."""
+        try:
+            return json.loads((self.path / "run.json").read_bytes())
+        except FileNotFoundError:
+            return {}
+
+    def set_facts(self, **facts: Any) -> None:
+        """Add to run.json."""
+        write_whole(self.path / "run.json", json.dumps(self.facts() | facts, indent=1).encode())
+
+    def committed_steps(self) -> list[int]:
+        """Steps of all committed checkpoints, newest first; they need not be valid."""
+        names = (p.name[5:] for p in self.checkpoints.glob("step_*") if p.is_dir())
+        return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+
+    def log_of(self, rank: int) -> Path:
+        """Where a rank's output goes."""
+        return self.logs / f"rank_{rank:05d}.log"
+
+    def exit_of(self, rank: int) -> Path:
+        """Where a rank says why it ended."""
+        return self.logs / f"rank_{rank:05d}.exit.json"
+
+    def event(self, kind: str, message: str, **fields: Any) -> None:
+        """Add a line to the history: what happened, one sentence for people, and facts for programs."""
+        record = {"time": time.time(), "attempt": self.attempt, "event": kind, "message": message, **fields}
+        append_line(self.events, record)
+
+    def history(self) -> list[Record]:
+        """All events so far."""
+        return list(read_lines(self.events))
+
+    def steps(self) -> dict[int, Record]:
+        """The metrics of every step, the last attempt's where it was done more than once; in order of steps."""
+        rows = {row["step"]: row for row in read_lines(self.metrics)}
+        return dict(sorted(rows.items()))
+
+
+def step_name(step: int) -> str:
+    """The name of a checkpoint's folder."""
+    return f"step_{step:09d}"
+
+
+def append_line(path: Path, record: Record) -> None:
+    """Append one JSON line in a single write, which survives the death of this process."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        os.write(handle, (json.dumps(record) + "\n").encode())
+    finally:
+        os.close(handle)
+
+
+def read_lines(path: Path) -> Iterator[Record]:
+    """Every whole JSON line of a file; a line torn by a crash is passed over, a missing file is empty."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return
+    for line in text.splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue

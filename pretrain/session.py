@@ -1,0 +1,337 @@
+"""The objects of one rank of a run, built from its configuration: config in, `train()` called, everything closed."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.errors import ConfigError, DataError
+from data_pipeline.dataset import open_dataset
+from data_pipeline.loader import Loader, check_divides
+from data_pipeline.order import Order
+from pretrain import metrics
+from pretrain.checkpoint import CheckpointStore
+from pretrain.checkpoint_files import Checkpoint, newest_readable, open_files
+from pretrain.config import RunConfig, micro_rows, total_steps
+from pretrain.cost import cost_of, peak_flops
+from pretrain.engine import Engine, TorchEngine
+from pretrain.evaluate import HeldOut, evaluate
+from pretrain.faults import fault_point
+from pretrain.health import Heartbeat, StopRequests
+from pretrain.init import initialise
+from pretrain.lease import Lease
+from pretrain.log import Log, Silence
+from pretrain.models.language_model import LanguageModel, build
+from pretrain.optim import lr_scale
+from pretrain.parallel import Ranks, finish
+from pretrain.run_folder import Record, RunFolder
+from pretrain.trainer import Plan, train
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run goes on. rows: consumed so far. weights: (from row, weight of each source), ascending. skips: windows
+    of rows passed over, as (before which row, how many)."""
+
+    step: int
+    rows: int
+    weights: list[tuple[int, dict[str, float]]]
+    skips: list[tuple[int, int]]
+
+
+class Session:
+    """One rank at work."""
+
+    def __init__(self, folder: RunFolder, config: RunConfig, heartbeat: Heartbeat) -> None:
+        self.folder, self.config, self.heartbeat = folder, config, heartbeat
+        self.ranks = Ranks.from_environment()
+        self.attempt = folder.attempt
+        self.device = choose_device(config.engine.device, self.ranks)
+        set_threads(config, self.ranks)
+        self.micro = micro_rows(config, self.ranks.world)
+        check_divides(config.train.batch_rows, self.micro, self.ranks.world)
+        self.dataset = open_dataset(config.data)
+        self.sources = list(config.data.sources)
+        self._check_data()
+        self._check_heldout()
+        model = build(config.model, self.dataset.tokenizer.vocab)
+        self.cost = cost_of(model)
+        self.engine = make_engine(model, config, self.ranks, self.device, self.micro, len(self.sources))
+        fence = int(os.environ.get("LEVIATHAN_FENCE", "0"))
+        lease = Lease(folder.path) if fence else None
+        self.store = CheckpointStore(
+            folder, self.ranks, config.checkpoint, lease=lease, fence=fence, attempt=self.attempt
+        )
+        self.loader: Loader | None = None
+        self.log: Log = Silence()
+
+    def train(self, requests: StopRequests) -> int:
+        """Find the place, and train from there to the end; return the exit code."""
+        self.heartbeat.at("restore", 0)
+        place = self._restore()
+        self.store.check_room(self.engine.state())
+        config, steps = self.config, total_steps(self.config)
+        self.log = self._open_log() if self.ranks.first else Silence()
+        order = self._order(place)
+        self.loader = Loader(
+            order,
+            self.dataset.shards,
+            batch_rows=config.train.batch_rows,
+            micro_rows=self.micro,
+            rank=self.ranks.rank,
+            world=self.ranks.world,
+            pin=self.device.type == "cuda",
+        )
+        self.loader.seek(place.rows)
+        plan = Plan(
+            place.step, steps, config.checkpoint.every, config.eval.every, config.train.max_skips, config.optim.lr
+        )
+        self._tell_start(place, steps)
+        code = train(
+            self.engine,
+            self.loader,
+            self.store,
+            self.log,
+            plan,
+            lr_scale=lr_scale(config.optim, steps),
+            evaluate=self._evaluate,
+            facts=lambda: self._facts(place),
+            requests=requests,
+            heartbeat=self.heartbeat,
+        )
+        if code == 0:
+            self.log.event("done", f"trained to step {steps}", step=steps)
+        return code
+
+    def close(self) -> None:
+        """Finish what is under way and leave the other ranks."""
+        self.store.wait()
+        if self.loader is not None:
+            self.loader.close()
+        self.heartbeat.at("end", 0)
+        self.log.close()
+        finish()
+
+    # ---- where to go on
+
+    def _restore(self) -> Place:
+        found = self.store.newest_valid()
+        if found is None:
+            found = self._branch_point()
+        fresh = Place(0, 0, [(0, self._weights())], [])
+        if found is None:
+            if self.ranks.first and self.attempt:
+                self.folder.event("resume", "no checkpoint was saved yet: starting from step 0", step=0)
+            return fresh
+        fault_point("restore.begin", found.step)
+        self._check_shapes(found)
+        self.engine.load(open_files(found))
+        fault_point("restore.middle", found.step)
+        if self.ranks.first:
+            self.folder.event("resume", f"resumed from {found.path.name}", step=found.step)
+        if found.facts["data"]["fingerprint"] != self.dataset.manifest.fingerprint:
+            # only a branch can have other data: a run's own was compared before
+            return Place(found.step, 0, fresh.weights, [])
+        weights = [(int(row), dict(w)) for row, w in found.facts["data"]["weights"]]
+        if weights[-1][1] != self._weights():
+            weights.append((found.facts["data"]["rows"], self._weights()))
+        skips = [(int(at), int(count)) for at, count in found.facts["data"]["skips"]]
+        return Place(found.step, found.facts["data"]["rows"], weights, skips)
+
+    def _branch_point(self) -> Checkpoint | None:
+        """The checkpoint of another run that this one branches from, if it does."""
+        origin = self.folder.facts().get("from")
+        if origin is None:
+            return None
+        other = RunFolder(Path(origin["run"]))
+        found = newest_readable(other, origin["step"])
+        if found.facts["data"]["tokenizer"] != self.dataset.manifest.tokenizer.sha256:
+            raise DataError(
+                f"{other.path} was trained with another tokenizer ({found.facts['data']['tokenizer'][:12]}…, the shards"
+                f" have {self.dataset.manifest.tokenizer.sha256[:12]}…); branch with data of the same tokenizer"
+            )
+        return found
+
+    def _check_shapes(self, found: Checkpoint) -> None:
+        mine = {name: list(shape) for name, shape in self.engine.state().shapes.items()}
+        theirs = found.facts["shapes"]
+        if mine == theirs:
+            return
+        name = next(n for n in [*mine, *theirs] if mine.get(n) != theirs.get(n))
+        raise ConfigError(
+            f"the model does not fit {found.path}: {name} is {mine.get(name, 'absent')} here and"
+            f" {theirs.get(name, 'absent')} there; resume with the model it was trained with"
+        )
+
+    def _check_data(self) -> None:
+        """The shards must be those the run began with."""
+        manifest, known = self.dataset.manifest, self.folder.facts()
+        stated = known.get("data_fingerprint", manifest.fingerprint)
+        if stated != manifest.fingerprint:
+            raise DataError(
+                f"{self.config.data.dir} holds other shards than this run began with (fingerprint"
+                f" {manifest.fingerprint[:12]}…, the run has {stated[:12]}…); give data.dir the old ones, or"
+                " start a new run"
+            )
+        if self.ranks.first:
+            cost = cost_of(build(self.config.model, self.dataset.tokenizer.vocab))
+            self.folder.set_facts(
+                data_fingerprint=manifest.fingerprint,
+                tokenizer_sha256=manifest.tokenizer.sha256,
+                parameters=cost.parameters,
+                flops_per_token=cost.flops_per_token,
+            )
+
+    def _check_heldout(self) -> None:
+        held = sum(self.dataset.manifest.total("tokens", name, "heldout") for name in self.sources)
+        if self.config.eval.every and held < 2:
+            raise ConfigError(
+                f"eval.every is {self.config.eval.every}, but the shards in {self.config.data.dir} hold no held-out"
+                f" text (data.heldout was {self.config.data.heldout}); set eval.every=0, or build with some held out"
+            )
+
+    # ---- parts
+
+    def _weights(self) -> dict[str, float]:
+        return {name: source.weight for name, source in self.config.data.sources.items()}
+
+    def _order(self, place: Place) -> Order:
+        (_, first), *changes = place.weights
+        return Order(
+            self.dataset.manifest,
+            length=self.config.model.length,
+            seed=self.config.run.seed,
+            weights=first,
+            window=self.config.data.window,
+            changes=changes,
+            skips=place.skips,
+        )
+
+    def _facts(self, place: Place) -> dict[str, Any]:
+        """What a checkpoint says of the run beside the engine's state."""
+        assert self.loader is not None
+        manifest = self.dataset.manifest
+        return {
+            "run_id": self.folder.facts().get("run_id"),
+            "zero": self.config.engine.zero,
+            "engine": self.config.engine.name,
+            "data": {
+                "rows": self.loader.rows_consumed,
+                "weights": place.weights,
+                "skips": place.skips,
+                "fingerprint": manifest.fingerprint,
+                "tokenizer": manifest.tokenizer.sha256,
+                "seed": self.config.run.seed,
+            },
+        }
+
+    def _evaluate(self, step: int) -> Record:
+        heldout = HeldOut(
+            self.dataset.manifest, self.dataset.shards, self.sources, self.config.model.length, self.config.eval.rows
+        )
+        figures = evaluate(
+            self.engine.evaluate,
+            heldout,
+            self.dataset.tokenizer.byte_lengths,
+            self.ranks,
+            batch_rows=self.config.eval.batch_rows,
+            alive=lambda: self.heartbeat.at("evaluate", step),
+        )
+        return {"step": step, "attempt": self.attempt, **figures}
+
+    def _open_log(self) -> Log:
+        config = self.config
+        peak = (
+            1e12 * config.log.peak_tflops
+            if config.log.peak_tflops
+            else peak_flops(self.device, config.engine.precision)
+        )
+        meter = metrics.Meter(
+            self.attempt,
+            self.sources,
+            config.train.batch_rows * config.model.length,
+            self.cost.flops_per_token,
+            peak_flops_per_s=peak * self.ranks.world,
+            memory_mib=_cuda_memory if self.device.type == "cuda" else metrics.resident_mib,
+        )
+        mirror = None
+        if config.log.wandb != "off":
+            shown = config.model_dump(mode="json")
+            mirror = metrics.WandbMirror(
+                self.folder, config.log.wandb, config.log.wandb_project, config.log.wandb_entity, shown
+            )
+            mirror.start()
+        return Log(self.folder, meter, mirror)
+
+    def _tell_start(self, place: Place, steps: int) -> None:
+        self.log.event(
+            "start",
+            f"training step {place.step} to {steps} on {self.ranks.world} ranks ({self.config.engine.name},"
+            f" ZeRO-{self.config.engine.zero}, {self.config.engine.precision}, {self.device.type})",
+            step=place.step,
+            steps=steps,
+            world=self.ranks.world,
+            host=self.ranks.host,
+            torch=torch.__version__,
+            parameters=self.cost.parameters,
+            at=time.time(),
+        )
+
+
+def choose_device(wanted: str, ranks: Ranks) -> torch.device:
+    """The device of this rank. Raises ConfigError where a wanted GPU is not there."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "engine.device is cuda, but torch sees no GPU here; set engine.device=cpu, or check the driver"
+        )
+    count = torch.cuda.device_count()
+    if ranks.local_rank >= count:
+        raise ConfigError(
+            f"rank {ranks.rank} on {ranks.host} is number {ranks.local_rank} on its host, which has {count} GPUs;"
+            f" start at most {count} ranks there"
+        )
+    device = torch.device("cuda", ranks.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def set_threads(config: RunConfig, ranks: Ranks) -> None:
+    """Give this rank its share of the host's cores."""
+    local = int(os.environ.get("LOCAL_SIZE", ranks.world))
+    torch.set_num_threads(config.engine.threads or max(1, (os.cpu_count() or 1) // local))
+
+
+def make_engine(
+    model: LanguageModel, config: RunConfig, ranks: Ranks, device: torch.device, micro: int, sources: int
+) -> Engine:
+    """The engine over a model that is still on the meta device: memory, first values, optimizer, process group."""
+    model.to_empty(device=device)
+    initialise(model, config.run.seed)
+    model.recompute = config.engine.activation_checkpointing
+    if config.engine.name == "torch":
+        if ranks.world > 1:
+            raise ConfigError(f"engine.name torch runs one rank, not {ranks.world}; set engine.name=deepspeed")
+        return TorchEngine(model, config.optim, config.engine, sources=sources, seed=config.run.seed, device=device)
+    from pretrain.engine_deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(
+        model,
+        config.optim,
+        config.engine,
+        sources=sources,
+        seed=config.run.seed,
+        device=device,
+        batch_rows=config.train.batch_rows,
+        micro_rows=micro,
+    )
+
+
+def _cuda_memory() -> float:
+    return torch.cuda.max_memory_allocated() / 2**20

@@ -1,0 +1,1 @@
+"""Slurm batch template and notes for administrators."""

@@ -1,0 +1,63 @@
+"""Small corpora and folders of shards that the tests of the data pipeline share."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from configs.errors import LeviathanError
+from data_pipeline.config import DataConfig, SourceConfig
+
+Text = Callable[[int, int], str]
+
+
+@pytest.fixture
+def prose() -> Text:
+    """prose(seed, words): the same sentences for the same seed."""
+
+    def make(seed: int, words: int) -> str:
+        draw = random.Random(seed)
+        known = ["the", "of", "läuft", "water", "seven", "Moby", "whale,", "sea.\n", "ahead", "日本", "if (x)\n    y"]
+        return " ".join(draw.choice(known) + str(draw.randrange(50)) for _ in range(words))
+
+    return make
+
+
+@pytest.fixture
+def config() -> Callable[..., DataConfig]:
+    """config(source=path, ..., key=value): a data configuration; sources are given by name as path or SourceConfig."""
+
+    def make(sources: dict[str, str | Path | SourceConfig], **keys: object) -> DataConfig:
+        made = {n: s if isinstance(s, SourceConfig) else SourceConfig(path=str(s)) for n, s in sources.items()}
+        return DataConfig(sources=made, **keys)
+
+    return make
+
+
+@pytest.fixture
+def hashes() -> Callable[[Path], dict[str, str]]:
+    """hashes(folder): the sha256 of every file in it, without the records of the build."""
+
+    def make(folder: Path) -> dict[str, str]:
+        files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    return make
+
+
+@pytest.fixture
+def says() -> Callable[..., None]:
+    """says(error, words...): a message is one sentence without a traceback, and holds these words."""
+
+    def check(error: pytest.ExceptionInfo[LeviathanError], *words: str) -> None:
+        text = str(error.value)
+        assert "\n" not in text
+        assert error.value.__cause__ is None
+        for word in words:
+            assert word in text, f"{word!r} is not in {text!r}"
+
+    return check

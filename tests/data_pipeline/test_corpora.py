@@ -1,0 +1,660 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gzip
+import http.server
+import io
+import itertools
+import json
+import os
+import pickle
+import random
+import resource
+import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec.implementations.memory
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from configs.errors import ConfigError, DataError
+from data_pipeline import corpora, documents, embedded, places
+from data_pipeline.config import SourceConfig
+from data_pipeline.documents import Document, Slice
+
+MIB = 1 << 20
+PROPERTY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def read_all(path: object, slice_bytes: int = MIB, **keys: object) -> list[Document]:
+    plan = corpora.plan("s", SourceConfig(path=str(path), **keys), slice_bytes)
+    assert [part.number for part in plan.slices] == list(range(len(plan.slices)))
+    return [document for part in plan.slices for document in corpora.read(part)]
+
+
+def texts(path: object, slice_bytes: int = MIB, **keys: object) -> list[str]:
+    return [document.text for document in read_all(path, slice_bytes, **keys)]
+
+
+def lines(*records: object) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def make_tar(path: Path, members: list[tuple[str, bytes]], **kind: Any) -> Path:
+    with tarfile.open(path, "w", **kind) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+# ---- text that every machine has
+
+
+@pytest.mark.parametrize("name", ["stdlib", "headers", "docs", "unicode"])
+def test_embedded_text_is_the_same_at_every_reading(name: str) -> None:
+    plan = corpora.plan("s", SourceConfig(path=name), MIB // 4)
+    assert plan == corpora.plan("s", SourceConfig(path=name), MIB // 4)
+    first = list(corpora.read(plan.slices[0]))
+    assert first == list(corpora.read(plan.slices[0]))
+    names = [document.name for document in first + list(corpora.read(plan.slices[-1]))]
+    assert len(set(names)) == len(names) > 1
+    assert not any(name.startswith("/") or ".." in name or "site-packages" in name for name in names)
+    assert sum(len(document.text) for document in first) > MIB // 16
+
+
+def test_the_documentation_is_prose_under_the_names_of_things() -> None:
+    wanted = ("textwrap.py", "pydoc_data/topics.py")
+    parts = [part for part in embedded.parts_of("docs") if part.name in wanted]
+    found = {document.name: document.text for part in parts for document in embedded.read_part(part)}
+    assert "textwrap.wrap\n\nWrap a single paragraph of text" in found["textwrap.py"]
+    assert "def wrap(" not in found["textwrap.py"]
+    assert found["pydoc_data/topics.py/truth"].startswith("Truth Value Testing")
+
+
+def test_characters_are_listed_by_name() -> None:
+    plan = corpora.plan("s", SourceConfig(path="unicode"), 64 * MIB)
+    found = {document.name: document.text for part in plan.slices for document in corpora.read(part)}
+    assert "U+0041 A LATIN CAPITAL LETTER A\n" in found["U+0000"]
+    assert "U+1F600 😀 GRINNING FACE\n" in found["U+1F600"]
+    assert "U+D800" not in found
+
+
+def test_a_file_with_the_name_of_an_embedded_corpus_is_written_with_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stdlib").mkdir()
+    (tmp_path / "stdlib" / "a.txt").write_text("mine")
+    assert texts("./stdlib") == ["mine"]
+
+
+# ---- files, folders, globs
+
+
+def test_a_folder_is_read_in_order_and_what_is_unknown_is_counted(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.txt", "a/b/c.txt", "a.txt", "x.csv", ".hidden.txt", ".git/y.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "b.txt")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    plan = corpora.plan("s", SourceConfig(path=str(tmp_path)), MIB)
+    found = [document.name for part in plan.slices for document in corpora.read(part)]
+    assert found == ["a.txt", "a/b/c.txt", "a/z.txt", "b.txt", "link.txt"]
+    assert plan.skipped_files == 3
+    assert len(plan.slices) == 1
+
+
+def test_a_glob_names_files_from_where_it_begins(tmp_path: Path) -> None:
+    for name in ("a/1.txt", "a/2.txt", "b/3.txt", "b/4.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert [d.name for d in read_all(tmp_path / "*" / "*.txt")] == ["a/1.txt", "a/2.txt", "b/3.txt"]
+    assert texts(f"{tmp_path}/**/[12].txt") == ["a/1.txt", "a/2.txt"]
+    assert corpora.plan("s", SourceConfig(path=f"{tmp_path}/*/*"), MIB).skipped_files == 1
+    (tmp_path / "a[1].txt").write_text("no glob")
+    assert texts(tmp_path / "a[1].txt") == ["no glob"]
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("wikii.txt", ["no such file or folder", "did you mean", "wiki.txt"]),
+        ("nothing/*.txt", ["holds none of .txt", "there are no files", "check the path"]),
+        ("empty", ["holds none of .txt", "the 1 files there end otherwise"]),
+        ("table.csv", ["of a kind that is not read here", ".jsonl.zst"]),
+        ("pipe.txt", ["neither a file nor a folder"]),
+    ],
+)
+def test_a_path_without_text_is_said_in_one_sentence(tmp_path: Path, says: Any, path: str, words: list[str]) -> None:
+    (tmp_path / "wiki.txt").write_text("x")
+    (tmp_path / "table.csv").write_text("x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "x.pdf").write_text("x")
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(DataError) as error:
+        read_all(tmp_path / path)
+    says(error, *words)
+
+
+def test_many_small_files_share_a_slice_and_slices_can_be_sent(tmp_path: Path) -> None:
+    for number in range(50):
+        (tmp_path / f"{number:02d}.txt").write_text("x" * 100)
+    plan = corpora.plan("s", SourceConfig(path=str(tmp_path)), 1000)
+    assert [len(part.parts) for part in plan.slices] == [10] * 5
+    assert pickle.loads(pickle.dumps(plan.slices)) == plan.slices
+    json.dumps([dataclasses.asdict(part) for part in plan.slices])
+
+
+def test_a_file_that_changes_after_the_plan_is_refused(tmp_path: Path, says: Any) -> None:
+    (tmp_path / "a.txt").write_text("first")
+    plan = corpora.plan("s", SourceConfig(path=str(tmp_path)), MIB)
+    (tmp_path / "a.txt").write_text("second")
+    with pytest.raises(DataError) as error:
+        list(corpora.read(plan.slices[0]))
+    says(error, "a.txt changed", "6 bytes, 5 when", "build again")
+
+
+# ---- formats
+
+
+def test_formats_agree(tmp_path: Path) -> None:
+    wanted = ["one", "zwei\nlines", "三 💧", ""]
+    raw = lines(*({"text": text, "n": 1} for text in wanted))
+    (tmp_path / "a.jsonl").write_bytes(raw)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(raw[:20]) + gzip.compress(raw[20:]))
+    compress = zstandard.ZstdCompressor(write_checksum=True).compress
+    (tmp_path / "a.jsonl.zst").write_bytes(compress(raw[:20]) + compress(raw[20:]))
+    (tmp_path / "a.txt").write_text("<|>".join(wanted[:3]) + "<|>")
+    for kind in (pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())):
+        pq.write_table(pa.table({"n": [1] * 4, "text": pa.array(wanted, kind)}), tmp_path / "a.parquet")
+        assert texts(tmp_path / "a.parquet") == wanted
+    make_tar(tmp_path / "a.tar", [(f"{i}.txt", text.encode()) for i, text in enumerate(wanted)])
+    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.tar"):
+        assert texts(tmp_path / name) == wanted, name
+    assert texts(tmp_path / "a.txt", separator="<|>") == wanted[:3]
+    assert read_all(tmp_path / "a.jsonl")[3].problem == "empty"
+
+
+def test_names_say_where_a_document_is(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines({"text": "x"}, {"text": "y"}))
+    (tmp_path / "b.txt").write_text("one--two")
+    pq.write_table(pa.table({"text": ["p", "q"]}), tmp_path / "c.parquet")
+    make_tar(tmp_path / "d.tar", [("in/1.txt", b"t"), ("in/\x1b[2J.txt", b"u")])
+    found = [document.name for document in read_all(tmp_path, separator="--")]
+    assert found[:6] == ["a.jsonl@0", "a.jsonl@14", "b.txt@0", "b.txt@5", "c.parquet#0", "c.parquet#1"]
+    assert found[6:] == ["d.tar/in/1.txt", "d.tar/in/?[2J.txt"]
+
+
+def test_marks_of_byte_order_and_blank_lines_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa")
+    (tmp_path / "b.jsonl").write_bytes(b"\xef\xbb\xbf" + lines({"text": "b"}) + b"\r\n  \n" + lines({"text": "c"}))
+    assert texts(tmp_path) == ["a", "b", "c"]
+
+
+def test_what_is_no_unicode_is_replaced_and_marked(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"a\xffb")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "half \\ud800 pair"}\n{"text": "\xfe"}\n{"text": "\\ud83d\\ude00"}\n')
+    pq.write_table(pa.table({"text": pa.array([b"p\xff", b"q"], pa.binary())}), tmp_path / "c.parquet")
+    found = [(document.text, document.problem) for document in read_all(tmp_path)]
+    assert found[:3] == [("a\ufffdb", "unicode"), ("half \ufffd pair", "unicode"), ("\ufffd", "unicode")]
+    assert found[3:] == [("😀", None), ("p\ufffd", "unicode"), ("q", None)]
+
+
+def test_only_whitespace_is_empty_and_nothing_is_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines({"text": " \n\t"}, {"text": None}, {"text": ""}, {"text": "."}))
+    assert [document.problem for document in read_all(tmp_path / "a.jsonl")] == ["empty", "empty", "empty", None]
+    pq.write_table(pa.table({"text": pa.array([None, "x"])}), tmp_path / "a.parquet")
+    assert [document.problem for document in read_all(tmp_path / "a.parquet")] == ["empty", None]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"{broken", ["found '{broken', not a JSON object"]),
+        (b"[1]", ["found '[1]', not a JSON object"]),
+        (b'{"body": "x", "id": 1}', ["no key 'text', found 'body', 'id'", "set the source's `field`"]),
+        (b'{"text": 5}', ["'text' holds int, not text", "set the source's `field`"]),
+        (b"[" * 100_000, ["not a JSON object"]),
+    ],
+)
+@pytest.mark.parametrize("slice_bytes", [200, MIB])
+def test_a_bad_line_is_named_by_file_and_number(
+    tmp_path: Path, says: Any, line: bytes, words: list[str], slice_bytes: int
+) -> None:
+    good = lines(*({"text": f"document {i}"} for i in range(40)))
+    (tmp_path / "a.jsonl").write_bytes(good + line + b"\n" + good)
+    with pytest.raises(DataError) as error:
+        read_all(tmp_path / "a.jsonl", slice_bytes)
+    says(error, "a.jsonl:41: ", *words)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(good + line + b"\n" + good))
+    with pytest.raises(DataError) as error:
+        read_all(tmp_path / "b.jsonl.gz", slice_bytes)
+    says(error, "b.jsonl.gz:41: ", *words)
+
+
+def test_a_column_that_is_not_there_is_answered_with_those_that_are(tmp_path: Path, says: Any) -> None:
+    pq.write_table(pa.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError) as error:
+        read_all(tmp_path / "a.parquet")
+    says(error, "a.parquet has no column 'text', only body, n")
+    with pytest.raises(DataError) as error:
+        read_all(tmp_path / "a.parquet", field="n")
+    says(error, "'n' holds int64, not text")
+    assert texts(tmp_path / "a.parquet", field="body") == ["x"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet", ".tar"])
+def test_a_file_that_was_cut_off_is_refused(tmp_path: Path, suffix: str) -> None:
+    draw = random.Random(1)
+    records = [{"text": "".join(draw.choices("abcdefgh", k=200))} for _ in range(40)]
+    whole = tmp_path / f"whole{suffix}"
+    if suffix == ".jsonl.gz":
+        whole.write_bytes(gzip.compress(lines(*records)))
+    elif suffix == ".jsonl.zst":
+        whole.write_bytes(zstandard.ZstdCompressor().compress(lines(*records)))
+    elif suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(records), whole)
+    else:
+        make_tar(whole, [(f"{i}.txt", r["text"].encode()) for i, r in enumerate(records)], format=tarfile.USTAR_FORMAT)
+    content = whole.read_bytes()
+    assert len(texts(whole)) == 40
+    # the last kilobytes of a tar are filling, and without them it is still whole
+    end = len(content) if suffix != ".tar" else 40 * 1024
+    cuts = [1, 511, 512, 1024, 5 * 1024, end - 512, end - 1, *(draw.randrange(1, end) for _ in range(20))]
+    for cut in [cut for cut in cuts if cut < end]:
+        (tmp_path / f"cut{suffix}").write_bytes(content[:cut])
+        with pytest.raises(DataError):
+            texts(tmp_path / f"cut{suffix}")
+
+
+# ---- slices
+
+
+DOCUMENTS = st.lists(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("\n\r \u2028ab{"), max_size=30))
+
+
+@given(wanted=DOCUMENTS, slice_bytes=st.integers(1, 300), ascii_only=st.booleans())
+@PROPERTY
+def test_every_line_is_read_once_whatever_the_slices(
+    tmp_path: Path, wanted: list[str], slice_bytes: int, ascii_only: bool
+) -> None:
+    raw = "\n".join(json.dumps({"text": text}, ensure_ascii=ascii_only) for text in wanted)
+    (tmp_path / "a.jsonl").write_bytes(raw.encode())
+    assert texts(tmp_path / "a.jsonl", slice_bytes) == wanted
+
+
+@given(
+    raw=st.text(st.sampled_from("\nab é😀"), max_size=200),
+    separator=st.sampled_from(["\n", "\n\n", "\n\n\n", "aa", "aba", "a\na", "é", "😀😀", "abab"]),
+    slice_bytes=st.integers(1, 120),
+)
+@example(raw="a\n\n\nb", separator="\n\n", slice_bytes=2)
+@example(raw="\n" * 9, separator="\n\n", slice_bytes=1)
+@example(raw="x" * 50, separator="\n\n", slice_bytes=3)
+@PROPERTY
+def test_every_document_of_a_text_is_read_once_whatever_the_slices(
+    tmp_path: Path, raw: str, separator: str, slice_bytes: int
+) -> None:
+    (tmp_path / "a.txt").write_bytes(raw.encode())
+    wanted = raw.split(separator)
+    found = read_all(tmp_path / "a.txt", slice_bytes, separator=separator)
+    assert [document.text for document in found] == wanted[: len(wanted) - (wanted[-1] == "")]
+    assert [document.name for document in found] == [
+        document.name for document in read_all(tmp_path / "a.txt", separator=separator)
+    ]
+
+
+@pytest.mark.parametrize("separator", ["\n", "<|end|>"])
+def test_a_document_may_be_longer_than_what_is_read_at_once(tmp_path: Path, separator: str) -> None:
+    wanted = ["a" * (3 * MIB - 3), "b", "c" * (MIB + 5), "d" * (2 * MIB)]
+    (tmp_path / "a.txt").write_text(separator.join(wanted))
+    assert texts(tmp_path / "a.txt", separator=separator) == wanted
+    assert texts(tmp_path / "a.txt", MIB, separator=separator) == wanted
+
+
+def test_slices_of_one_file_are_even(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(*({"text": "x" * (i % 50)} for i in range(2000))))
+    plan = corpora.plan("s", SourceConfig(path=str(tmp_path / "a.jsonl")), 10_000)
+    sizes = [part.text_bytes for part in plan.slices]
+    assert sum(sizes) == (tmp_path / "a.jsonl").stat().st_size
+    assert max(sizes) < 10_100 and min(sizes) > 8_000
+
+
+@given(rows=st.integers(1, 60), group=st.integers(1, 20), slice_bytes=st.integers(1, 3000))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_row_is_read_once_whatever_the_slices(tmp_path: Path, rows: int, group: int, slice_bytes: int) -> None:
+    wanted = [f"row {number} " + "x" * number for number in range(rows)]
+    pq.write_table(pa.table({"text": wanted}), tmp_path / "a.parquet", row_group_size=group)
+    found = read_all(tmp_path / "a.parquet", slice_bytes)
+    assert [document.text for document in found] == wanted
+    assert [document.name for document in found] == [f"a.parquet#{number}" for number in range(rows)]
+
+
+@given(wanted=DOCUMENTS, limit=st.integers(1, 400))
+@PROPERTY
+def test_a_limit_takes_the_first_text_and_no_more(tmp_path: Path, wanted: list[str], limit: int) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines(*({"text": text} for text in wanted), {"text": "last"}))
+    (part,) = corpora.plan("s", SourceConfig(path=str(tmp_path / "a.jsonl")), MIB).slices
+    taken = "".join(document.text for document in corpora.read(dataclasses.replace(part, limit_bytes=limit)))
+    whole = "".join(wanted) + "last"
+    assert whole.startswith(taken)
+    assert len(taken.encode()) == min(limit, len(whole.encode())) or 0 <= limit - len(taken.encode()) < 4
+
+
+# ---- tars from anywhere
+
+
+def header(name: bytes, size: bytes = b"00000000001\0", kind: bytes = b"0", magic: bytes = b"ustar\x0000") -> bytes:
+    block = bytearray(512)
+    block[:100] = name.ljust(100, b"\0")
+    block[124:136], block[156:157], block[257:265] = size, kind, magic
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+END = bytes(1024)
+BODY = b"x".ljust(512, b"\0")
+
+
+def member(**keys: Any) -> bytes:
+    return header(b"a.txt", **keys) + BODY + END
+
+
+def extended(record: bytes) -> bytes:
+    return header(b"p", b"%011o\0" % len(record), b"x") + record.ljust(512, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (member(kind=b"1"), ["'a.txt' is a hard link"]),
+        (member(kind=b"2"), ["'a.txt' is a symbolic link", "only plain files"]),
+        (member(kind=b"3"), ["is a device"]),
+        (member(kind=b"6"), ["is a pipe"]),
+        (member(kind=b"S"), ["is a sparse file"]),
+        (member(kind=b"Z"), ["of the unknown type b'Z'"]),
+        (member(size=b"77777777777\0"), ["'a.txt' has 8,589,934,591 bytes; the limit is 67,108,864"]),
+        (member(size=b"\x80" + b"\x7f" * 11), ["bytes; the limit is"]),
+        (member(size=b"\xff" * 12), ["damaged (a member has the size"]),
+        (member(size=b"-0000000001\0"), ["damaged (a member has the size"]),
+        (member(size=b"0000000099z\0"), ["damaged (a member has the size"]),
+        (member(kind=b"x", size=b"77777777777\0"), ["the limit is 65,536"]),
+        (member(kind=b"L", size=b"77777777777\0"), ["the limit is 65,536"]),
+        (member(kind=b"x"), ["an extended header that cannot be read"]),
+        (extended(b"17 size=-1024000\n") + member(), ["the size '-1024000'"]),
+        (extended(b"22 GNU.sparse.major=1\n") + member(), ["a sparse file"]),
+        (member()[:-1024], ["cut off"]),
+        (member()[:700], ["cut off"]),
+        (b"", ["cut off"]),
+        (gzip.compress(member()), ["cut off"]),
+        (gzip.compress(os.urandom(4000) + member()), ["no plain tar"]),
+        (b"garbage " * 200, ["no plain tar"]),
+        (header(b"a.pkl") + BODY + END, ["'a.pkl' is neither .txt nor .json"]),
+        (header(b"weights.pth") + BODY + END, ["'weights.pth' is neither .txt nor .json"]),
+        (header(b"a.txt.pyd") + BODY + END, ["'a.txt.pyd' is neither"]),
+        (header(b"noname") + BODY + END, ["'noname' is neither"]),
+        (header(b"../../x\x1b[2J.pickle") + BODY + END, [r"x\x1b[2J.pickle"]),
+    ],
+)  # fmt: skip
+def test_a_tar_with_anything_but_plain_text_is_refused(
+    tmp_path: Path, says: Any, content: bytes, words: list[str]
+) -> None:
+    (tmp_path / "a.tar").write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError) as error:
+        read_all(tmp_path / "a.tar")
+    says(error, "a.tar", *words)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_nothing_in_a_tar_is_executed_or_extracted(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (canary,)
+
+    for suffix in ("pkl", "pickle", "pyd", "pth", "pt", "npy", "json", "txt"):
+        make_tar(tmp_path / "a.tar", [(f"../x.{suffix}", pickle.dumps(Bomb()))])
+        if suffix == "txt":
+            assert [document.problem for document in read_all(tmp_path / "a.tar")] == ["unicode"]
+            continue
+        with pytest.raises(DataError):
+            read_all(tmp_path / "a.tar")
+    assert not canary.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar"]
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_of_every_writer_are_read(tmp_path: Path, form: int) -> None:
+    deep = "d" * 90 + "/" + "n" * 90 + ".txt"
+    names = ["a.txt", deep, "b/c.txt"] + (["ü" * 120 + ".txt"] if form != tarfile.USTAR_FORMAT else [])
+    with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
+        folder = tarfile.TarInfo("b/")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = 5
+            tar.addfile(info, io.BytesIO(b"hello"))
+    assert [document.name for document in read_all(tmp_path / "a.tar")] == [f"a.tar/{name}" for name in names]
+
+
+def test_a_json_beside_a_text_describes_it(tmp_path: Path) -> None:
+    sample = [("1.json", b'{"id": 1}'), ("1.txt", b"one"), ("2.txt", b"two"), ("2.json", b"{}")]
+    make_tar(tmp_path / "a.tar", [*sample, ("3.json", b'{"text": "three"}'), ("4.json", b'{"text": "four"}')])
+    assert texts(tmp_path / "a.tar") == ["one", "two", "three", "four"]
+    make_tar(tmp_path / "a.tar", [("5.json", b'{"id": 1}')])
+    with pytest.raises(DataError, match=r"a\.tar: member '5\.json': no key 'text', found 'id'"):
+        texts(tmp_path / "a.tar")
+
+
+def test_every_flipped_bit_of_a_tar_header_is_found_or_harmless(tmp_path: Path) -> None:
+    content = make_tar(tmp_path / "a.tar", [(f"{i}.txt", b"hello") for i in range(3)]).read_bytes()
+    wanted, draw, found = read_all(tmp_path / "a.tar"), random.Random(0), 0
+    for bit in draw.sample(range(3 * 1024 * 8), 300):
+        at = bit // 8
+        if at % 1024 >= 512:
+            continue  # the text itself has no checksum in a tar
+        damaged = bytearray(content)
+        damaged[at] ^= 1 << bit % 8
+        (tmp_path / "a.tar").write_bytes(damaged)
+        try:
+            # the blank that ends the checksum may be any blank
+            assert read_all(tmp_path / "a.tar") == wanted
+        except DataError:
+            found += 1
+    assert found > 100
+
+
+# ---- too much
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_a_bomb_is_refused_before_it_has_grown(tmp_path: Path, says: Any, suffix: str) -> None:
+    path = tmp_path / f"bomb{suffix}"
+    zeros = b" " * MIB
+    if suffix == ".jsonl.gz":
+        with gzip.open(path, "wb", compresslevel=1) as file:
+            file.writelines(itertools.repeat(zeros, 300))
+    else:
+        compress = zstandard.ZstdCompressor().compressobj()
+        path.write_bytes(b"".join(compress.compress(zeros) for _ in range(3000)) + compress.flush())
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(DataError) as error:
+        read_all(path)
+    says(error, "has a document of more than 64 MiB", "cut it into smaller ones")
+    assert time.monotonic() - start < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 250_000
+
+
+def test_a_document_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: Any) -> None:
+    monkeypatch.setattr("data_pipeline.textfiles.MAX_DOCUMENT", 1000)
+    monkeypatch.setattr("data_pipeline.textfiles.MAX_TEXT", 5000)
+    (tmp_path / "a.txt").write_text("x" * 2000)
+    assert len(texts(tmp_path / "a.txt")) == 1
+    with pytest.raises(DataError, match=r"a\.txt has a document of more than"):
+        read_all(tmp_path / "a.txt", separator="|")
+    (tmp_path / "b.txt").write_text("x" * 6000)
+    with pytest.raises(DataError) as error:
+        read_all(tmp_path / "b.txt")
+    says(error, "6,000 bytes and is one document", "`separator`")
+    pq.write_table(pa.table({"text": ["ok", "y" * 2000]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="row 1 has a document of more than"):
+        read_all(tmp_path / "a.parquet")
+    assert documents.MAX_DOCUMENT == 64 * MIB
+
+
+# ---- URLs
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("pipe:touch canary; cat x.txt", ["pipe: is not read from"]),
+        ("pipe://touch canary", ["pipe: is not read from"]),
+        ("file:/etc/passwd", ["file: is not read from", "./like:this"]),
+        ("file:///etc/passwd.txt", ["file: is not read from"]),
+        ("hf://datasets/a/b.parquet", ["hf: is not read from"]),
+        ("ais://bucket/x.tar", ["ais: is not read from"]),
+        ("ssh://host/x.txt", ["ssh: is not read from"]),
+        ("simplecache::https://h/x.txt", ["simplecache: is not read from"]),
+        ("https://h/x.txt::file:///etc/passwd", ["no plain URL"]),
+        ("https:/h/x.txt", ["https: is not read from"]),
+        ("https:///x.txt", ["no plain URL"]),
+        ("https://[x/a.txt", ["is no URL"]),
+        ("http://example.com/x.txt", ["use https://"]),
+        ("http://localhost.evil.com/x.txt", ["use https://"]),
+        ("http://127.0.0.1@evil.com/x.txt", ["use https://"]),
+        ("-K/tmp/x.txt", ["begins like an option"]),
+        ("--config=/tmp/x.txt", ["begins like an option"]),
+    ],
+)
+def test_only_a_few_schemes_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: Any, url: str, words: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        read_all(url)
+    says(error, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_secrets_of_a_url_are_not_public() -> None:
+    assert places.public("https://me:pass@host:8/a/b.txt?sig=SECRET#x") == "https://host:8/a/b.txt"
+    assert places.public("pipe:curl SECRET") == "pipe:…"
+    assert places.public("./local?name.txt") == "./local?name.txt"
+
+
+@pytest.mark.parametrize(("scheme", "package", "extra"), [("s3", "s3fs", "s3"), ("gs", "gcsfs", "gcs")])
+def test_a_missing_package_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, says: Any, scheme: str, package: str, extra: str
+) -> None:
+    import fsspec
+
+    def missing(name: str) -> None:
+        raise ImportError(f"Install {package}")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    with pytest.raises(ConfigError) as error:
+        read_all(f"{scheme}://bucket/a.txt?X-Sig=SECRET")
+    says(error, f"{scheme}://bucket/a.txt needs a package", f"pip install 'leviathan-pretrain[{extra}]'")
+    assert "SECRET" not in str(error.value)
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """A web server for tmp_path that, as many do, cannot send parts of files."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            if "short" not in self.path:
+                return super().do_GET()
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b'{"text": "x"}\n')
+            return None
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path)))
+    thread = threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_port}"
+    httpd.shutdown()
+    httpd.server_close()
+    thread.join()
+
+
+def test_files_are_read_from_a_web_server(tmp_path: Path, server: str) -> None:
+    raw = lines(*({"text": f"document {i}"} for i in range(100)))
+    (tmp_path / "a.jsonl").write_bytes(raw)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(raw))
+    make_tar(tmp_path / "a.tar", [("1.txt", b"document 0")])
+    assert len(read_all(f"{server}/a.jsonl?sig=SECRET", 100)) == 100
+    assert [document.name for document in read_all(f"{server}/a.jsonl?sig=SECRET")][:2] == ["a.jsonl@0", "a.jsonl@23"]
+    assert len(read_all(f"{server}/a.jsonl.gz")) == 100
+    assert texts(f"{server}/a.tar") == ["document 0"]
+    pq.write_table(pa.table({"text": ["document 0"]}), tmp_path / "a.parquet")
+    assert texts(f"{server}/a.parquet") == ["document 0"]
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "short.jsonl", "missing.parquet", "noranges.parquet"])
+def test_a_failing_server_is_named_without_secrets(tmp_path: Path, server: str, says: Any, name: str) -> None:
+    if name == "noranges.parquet":
+        # more than a server that cannot send parts is asked for at once
+        pq.write_table(pa.table({"text": [os.urandom(1000).hex()] * 4000}), tmp_path / name, use_dictionary=False)
+    with pytest.raises(DataError) as error:
+        read_all(f"{server.replace('//', '//me:SECRET@')}/{name}?sig=SECRET")
+    says(error, f"{server}/{name} cannot be read")
+    assert "SECRET" not in str(error.value)
+
+
+def test_a_bucket_is_listed_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = fsspec.implementations.memory.MemoryFileSystem()
+    for name in ("b.txt", "a.txt", "c/d.txt", "e.csv"):
+        memory.pipe(f"/bucket/data/{name}", name.encode())
+
+    class Bucket:
+        """What s3fs and gcsfs show: keys without a slash in front."""
+
+        def find(self, url: str, detail: bool) -> dict[str, Any]:
+            return {key.lstrip("/"): info for key, info in memory.find(url[4:], detail=detail).items()}
+
+        def glob(self, url: str, detail: bool) -> dict[str, Any]:
+            return {key.lstrip("/"): info for key, info in memory.glob(url[4:], detail=detail).items()}
+
+        def info(self, url: str) -> dict[str, Any]:
+            return memory.info(url[4:])
+
+        def open(self, url: str, mode: str, **options: Any) -> Any:
+            return memory.open(url[4:], mode)
+
+    monkeypatch.setattr(places, "_filesystem", lambda url: Bucket())
+    plan = corpora.plan("s", SourceConfig(path="s3://bucket/data/"), MIB)
+    assert [d.name for part in plan.slices for d in corpora.read(part)] == ["a.txt", "b.txt", "c/d.txt"]
+    assert plan.skipped_files == 1
+    assert [d.name for d in read_all("s3://bucket/data/*.txt")] == ["a.txt", "b.txt"]
+    assert texts("s3://bucket/data/c/d.txt") == ["c/d.txt"]
+
+
+def test_a_slice_is_a_plain_value() -> None:
+    assert Slice("s", 0, ()) == Slice("s", 0, ())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Slice("s", 0, ()).number = 1  # type: ignore[misc]

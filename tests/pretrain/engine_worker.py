@@ -1,0 +1,215 @@
+"""What ranks do in the engine tests: `python -m tests.pretrain.engine_worker TASK OUT ARGUMENTS`.
+
+One pair of processes runs a whole matrix, since starting them costs more than training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_pipeline.batch import Batch, collate
+from pretrain.checkpoint import CheckpointStore
+from pretrain.checkpoint_files import newest_readable, open_files
+from pretrain.config import CheckpointConfig, EngineConfig, ModelConfig, OptimConfig, PartConfig
+from pretrain.engine import Engine, TorchEngine
+from pretrain.engine_deepspeed import DeepSpeedEngine, start_distributed
+from pretrain.init import initialise
+from pretrain.models.language_model import build
+from pretrain.parallel import Ranks, finish
+from pretrain.run import leave
+from pretrain.run_folder import RunFolder
+from tests.ranks import give_back
+
+RANKS = Ranks.from_environment()
+CPU = torch.device("cpu")
+VOCAB, LENGTH, ROWS = 67, 24, 8
+
+
+def engine_of(
+    stage: str, precision: str = "fp32", micro: int | None = None, model: ModelConfig | None = None,
+    optim: OptimConfig | None = None, **more: object,
+) -> Engine:  # fmt: skip
+    """An engine over a small hybrid with odd sizes, biases and two parameter groups."""
+    model = model or ModelConfig(
+        width=20, depth=2, length=LENGTH, bias=True, norm="layernorm",
+        mixers=tuple(PartConfig(name=name, options={"heads": 2}) for name in ("attention", "correlation")),
+    )  # fmt: skip
+    built = build(model, VOCAB).to_empty(device="cpu")
+    initialise(built, 0)
+    optim = optim or OptimConfig(lr=5e-3, clip=0.5)
+    shared = {"sources": 2, "seed": 0, "device": CPU}
+    if stage == "torch":
+        config = EngineConfig(name="torch", precision=precision, **more)
+        return TorchEngine(built, optim, config, **shared)
+    config = EngineConfig(zero=int(stage), precision=precision, timeout_s=60, **more)
+    micro = micro or ROWS // RANKS.world // 2
+    return DeepSpeedEngine(built, optim, config, **shared, batch_rows=ROWS, micro_rows=micro)
+
+
+def batches(step: int, micro: int | None = None) -> list[Batch]:
+    """This rank's share of a global batch that is a function of the step."""
+    rng = np.random.default_rng(step)
+    tokens = rng.integers(0, VOCAB, (ROWS, LENGTH + 1))
+    # very unequal counts of targets, so that averaging over rows or ranks would show
+    cuts = [np.arange(1, LENGTH) if r < 3 else np.sort(rng.choice(np.arange(1, LENGTH), 2, False)) for r in range(ROWS)]
+    source = np.arange(ROWS) % 2
+    first, share = RANKS.rank * ROWS // RANKS.world, ROWS // RANKS.world
+    micro = micro or share // 2
+    spans = [slice(at, at + micro) for at in range(first, first + share, micro)]
+    return [collate(tokens[s], cuts[s], source[s]) for s in spans]
+
+
+def train(engine: Engine, first: int, last: int, **keys: object) -> list[str]:
+    """Losses of some steps, in hexadecimal."""
+    return [engine.step(batches(step, **keys), step, 1.0 - 0.01 * step).loss.hex() for step in range(first, last)]
+
+
+def whole_state(engine: Engine, folder: Path) -> dict[str, str]:
+    """A hash of every gathered parameter and moment, through a checkpoint."""
+    run = RunFolder(folder)
+    run.make()
+    store = CheckpointStore(run, RANKS, CheckpointConfig(keep_last=1))
+    store.save(1, engine.state(), {})
+    store.wait()
+    wait_for(run)
+    files = open_files(newest_readable(run))
+    return {
+        f"{name}|{kind}": hashlib.sha256(files.tensor(name, kind).numpy().tobytes()).hexdigest()
+        for name in files.shapes
+        for kind in files.kinds(name)
+    } | {"updates": str(files.updates)}
+
+
+def wait_for(run: RunFolder) -> None:
+    """Rank 0 commits in the background: all ranks wait for it."""
+    from pretrain.parallel import barrier
+
+    barrier()
+    assert any(run.checkpoints.glob("step_*/manifest.json")), "rank 0 had waited for its commit"
+
+
+def agree(out: Path, stages: list[str], precision: str, steps: int) -> object:
+    """Losses and gradient norms of each stage over some steps."""
+    results = {}
+    for stage in stages:
+        engine = engine_of(stage, precision)
+        rows = [engine.step(batches(step), step, 1.0) for step in range(steps)]
+        results[stage] = [[r.loss, r.grad_norm, r.source_loss, r.tokens] for r in rows]
+    return results
+
+
+def reshard(
+    out: Path, writers: list[str], readers: list[str], precision: str = "fp32", source: str | None = None
+) -> object:
+    """Save with each writer, or read what another layout saved at `source`, and go on with each reader."""
+    results: dict[str, object] = {}
+    for writer in writers:
+        folder = (Path(source) if source else out) / f"saved-{writer}"
+        if source is None:
+            engine = engine_of(writer, precision)
+            train(engine, 0, 4)
+            results[f"{writer} state"] = whole_state(engine, folder)
+            results[f"{writer} losses"] = train(engine, 4, 8)
+        for reader in readers:
+            engine = engine_of(reader, precision)
+            engine.load(open_files(newest_readable(RunFolder(folder))))
+            results[f"{writer}>{reader} state"] = whole_state(engine, out / f"again-{writer}-{reader}")
+            results[f"{writer}>{reader} losses"] = train(engine, 4, 8)
+    return results
+
+
+def skip(out: Path, stages: list[str], precision: str) -> object:
+    """A step whose loss is NaN on the last rank alone: what it changes, and that training goes on."""
+    import os
+
+    from pretrain import faults
+
+    results = {}
+    for stage in stages:
+        engine = engine_of(stage, precision)
+        train(engine, 0, 2)
+        before = whole_state(engine, out / f"before-{stage}")
+        os.environ["LEVIATHAN_FAULT"] = f"step.before_update:{RANKS.world - 1}:2:nan"
+        faults.armed.cache_clear()
+        result = engine.step(batches(2), 2, 1.0)
+        del os.environ["LEVIATHAN_FAULT"]
+        faults.armed.cache_clear()
+        after = whole_state(engine, out / f"after-{stage}")
+        later = engine.step(batches(3), 3, 1.0)
+        results[stage] = [result.skipped, result.grad_norm, before == after, later.skipped, later.loss]
+    return results
+
+
+def accumulate(out: Path, stages: list[str]) -> object:
+    """The same global batch in micro-batches of 1, 2 and 4 rows."""
+    results = {}
+    for stage in stages:
+        for micro in (1, 2, 4):
+            engine = engine_of(stage, micro=micro)
+            rows = [engine.step(batches(step, micro), step, 1.0) for step in range(3)]
+            results[f"{stage} {micro}"] = [[r.loss, r.grad_norm] for r in rows]
+    return results
+
+
+def options(out: Path, stages: list[str], key: str) -> object:
+    """Losses with a switch of the engine off and on, and after a reload with it on."""
+    results: dict[str, object] = {}
+    for stage in stages:
+        for value in (False, True):
+            engine = engine_of(stage, **{key: value})
+            results[f"{stage} {value}"] = train(engine, 0, 4)
+        results[f"{stage} state"] = whole_state(engine, out / f"{key}-{stage}")
+        results[f"{stage} on"] = train(engine, 4, 6)
+        engine = engine_of(stage, **{key: True})
+        engine.load(open_files(newest_readable(RunFolder(out / f"{key}-{stage}"))))
+        results[f"{stage} again"] = train(engine, 4, 6)
+    return results
+
+
+def evaluation(out: Path, stages: list[str]) -> object:
+    """The loss of a batch without gradient, before and after steps."""
+    results = {}
+    for stage in stages:
+        engine = engine_of(stage)
+        values = []
+        for step in range(3):
+            values.append(engine.evaluate(batches(50)[0]).total.item())
+            engine.step(batches(step), step, 1.0)
+        results[stage] = values
+    return results
+
+
+def muon(out: Path, stages: list[str]) -> object:
+    """Muon: losses, then a reload and the losses after it."""
+    results = {}
+    optim = OptimConfig(name="muon", lr=5e-3, muon_lr=0.01)
+    for stage in stages:
+        engine = engine_of(stage, optim=optim)
+        first = train(engine, 0, 4)
+        whole_state(engine, out / f"muon-{stage}")
+        second = train(engine, 4, 6)
+        engine = engine_of(stage, optim=optim)
+        engine.load(open_files(newest_readable(RunFolder(out / f"muon-{stage}"))))
+        results[stage] = [first, second, train(engine, 4, 6)]
+    return results
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    task, out, arguments = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    start_distributed(CPU, 60)
+    result = globals()[task](out, **arguments)
+    if RANKS.first:
+        give_back(out, result)
+    finish()
+    leave(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The model around the mixers: shapes, counts, losses, hybrids."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from configs.errors import UsageError
+from configs.load import find, load
+from data_pipeline.batch import IGNORE, collate
+from pretrain.config import ModelConfig, PartConfig, RunConfig
+from pretrain.cost import cost_of
+from pretrain.init import initialise
+from pretrain.layout import Layout
+from pretrain.models.language_model import build
+
+
+def small(**keys):
+    model = build(ModelConfig(**{"width": 16, "depth": 2, "length": 24, **keys}), 50).to_empty(device="cpu")
+    initialise(model, 0)
+    return model
+
+
+def batch_of(rows=3, length=24, vocab=50):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, vocab, (rows, length + 1))
+    boundaries = [np.array([5, 9, length]), np.array([], dtype=np.int64), np.array([1])]
+    return collate(tokens, boundaries, np.array([0, 1, 0]))
+
+
+def preset(name, vocab, **changes):
+    config = load(RunConfig, [find(f"models/{name}")]).model.model_copy(update=changes)
+    return build(config, vocab)
+
+
+def parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+def test_the_published_count_of_5315_parameters_is_reproduced():
+    assert parameters(preset("attention-5k", 91, length=1000)) == 5315
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("attention-77m", 76_960_000), ("attention-154m", 153_808_000)])
+def test_the_blocks_of_the_published_sizes_have_the_published_counts(name, blocks):
+    model = preset(name, 65)
+    assert sum(p.numel() for block in model.blocks for p in block.parameters()) == blocks
+
+
+@pytest.mark.parametrize(("name", "vocab"), [("5k", 91), ("50k", 65), ("77m", 65), ("154m", 10_000)])
+def test_a_leviathan_preset_has_its_twins_parameters_and_its_lag_weights(name, vocab):
+    leviathan, twin = preset(f"leviathan-{name}", vocab), preset(f"attention-{name}", vocab)
+    lags = sum(b.mixer.lag_weights.numel() for b in leviathan.blocks)
+    assert parameters(leviathan) == parameters(twin) + lags
+    d, depth, length = leviathan.width, leviathan.depth, leviathan.length
+    mult = leviathan.blocks[0].channel.up.weight.shape[0] // d
+    block = 4 * (d * d + d) + 2 * mult * d * d + (mult + 1) * d + 4 * d
+    assert parameters(twin) == depth * block + (2 * vocab + length) * d + vocab + 2 * d
+
+
+def test_the_77m_preset_on_the_characters_of_tinyshakespeare_has_the_derived_count():
+    assert parameters(preset("attention-77m", 65)) == 77_475_265
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_loss_is_the_cross_entropy_of_the_counted_targets(tie, bias):
+    model, batch = small(tie=tie, bias=bias, norm="layernorm"), batch_of()
+    logits = model.logits(batch.tokens_BT, Layout(batch.doc_BT, batch.pos_BT, False))
+    expected = F.cross_entropy(logits.flatten(0, 1), batch.targets_BT.flatten(), ignore_index=IGNORE, reduction="sum")
+    total, loss_BT = model(batch)
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(loss_BT.sum(), expected)
+    assert (loss_BT[batch.targets_BT == IGNORE] == 0).all()
+    assert batch.count == int((batch.targets_BT != IGNORE).sum())
+
+
+def test_first_values_depend_on_the_seed_and_the_name_alone():
+    a, b, other = small(), small(depth=4), small()
+    initialise(other, 1)
+    for name, p in a.named_parameters():
+        if p.ndim > 1 and "out" not in name and "down" not in name:
+            assert torch.equal(p, dict(b.named_parameters())[name])
+    assert not torch.equal(a.embed.weight, other.embed.weight)
+
+
+def test_a_parameter_that_nobody_declared_is_told():
+    model = small()
+    model.blocks[0].norm1.extra = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(TypeError, match=r"blocks\.0\.norm1\.extra"):
+        initialise(model, 0)
+
+
+def test_mixers_are_tiled_over_the_depth():
+    model = small(depth=5, mixers=(PartConfig(name="attention"), PartConfig(name="correlation")))
+    names = [type(block.mixer).__name__ for block in model.blocks]
+    assert names == ["Attention", "Correlation", "Attention", "Correlation", "Attention"]
+
+
+def test_recomputing_activations_changes_no_gradient():
+    batch, grads = batch_of(), []
+    for recompute in (False, True):
+        model = small()
+        model.recompute = recompute
+        model(batch).total.backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_dropout_is_a_function_of_the_step_and_off_in_evaluation():
+    from pretrain.parallel import seed_step
+
+    model, batch = small(dropout=0.3), batch_of()
+    losses = []
+    for step in (1, 1, 2):
+        seed_step(0, step, 0)
+        losses.append(model(batch).total.item())
+    assert losses[0] == losses[1] != losses[2]
+    model.eval()
+    assert model(batch).total.item() == model(batch).total.item()
+
+
+def test_learned_positions_end_with_one_sentence():
+    model = small(positions="learned")
+    state = model.initial_state(1)
+    _, state = model.decode(torch.zeros(1, 24, dtype=torch.long), state)
+    with pytest.raises(UsageError, match="learned positions for 24 tokens"):
+        model.decode(torch.zeros(1, 1, dtype=torch.long), state)
+
+
+def test_costs_are_told_without_memory():
+    cost = cost_of(preset("leviathan-1b", 32_000))
+    assert 1.0e9 < cost.parameters < 1.2e9
+    assert cost.flops_per_token > 6 * (cost.parameters - cost.embedding_parameters)

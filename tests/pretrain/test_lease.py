@@ -1,0 +1,132 @@
+"""One writer per run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from configs.errors import CannotGoOnError, ConfigError
+from pretrain import lease as leases
+from pretrain.lease import Lease
+
+ROOT = Path(__file__).parents[2]
+HOLDER = """
+import sys, time
+from pathlib import Path
+from pretrain.lease import Lease
+print(Lease(Path(sys.argv[1])).take(), flush=True)
+time.sleep(60)
+"""
+
+
+def holder(folder):
+    """Another process that has the lease."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    return process, int(process.stdout.readline())
+
+
+def test_a_second_process_is_refused_with_who_has_it(tmp_path):
+    process, _ = holder(tmp_path)
+    try:
+        with pytest.raises(ConfigError, match=rf"in use by process {process.pid} on .* since 20.*leviathan stop"):
+            Lease(tmp_path).take()
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_dead_owner_on_this_host_is_replaced_at_once_with_a_higher_number(tmp_path, number):
+    process, fence = holder(tmp_path)
+    process.send_signal(number)
+    process.wait()
+    began = time.monotonic()
+    mine = Lease(tmp_path)
+    assert mine.take() == fence + 1
+    assert time.monotonic() - began < 2
+    mine.release()
+
+
+def test_an_owner_that_sleeps_is_still_the_owner_on_its_host(tmp_path):
+    process, _ = holder(tmp_path)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(ConfigError, match="in use"):
+            Lease(tmp_path).take()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_another_hosts_lease_is_watched_not_believed(tmp_path, monkeypatch):
+    monkeypatch.setattr(leases, "STALE_S", 0.6)
+    facts = {"fence": 4, "renewals": 3, "host": "elsewhere", "pid": 1, "started": 0.0, "since": time.time()}
+    (tmp_path / "lease.json").write_text(json.dumps(facts))
+    mine = Lease(tmp_path)
+    assert mine.take() == 5
+    mine.release()
+    (tmp_path / "lease.json").write_text(json.dumps(facts))
+    script = f"import time, pathlib; time.sleep(.2); pathlib.Path({str(tmp_path / 'lease.json')!r}).write_text("
+    script += f"{json.dumps(facts | {'renewals': 4})!r})"
+    with subprocess.Popen([sys.executable, "-c", script]), pytest.raises(ConfigError, match="on elsewhere since"):
+        Lease(tmp_path).take()
+
+
+def test_numbers_only_grow(tmp_path):
+    numbers = []
+    for _ in range(3):
+        lease = Lease(tmp_path)
+        numbers.append(lease.take())
+        lease.release()
+        assert lease.owner() is None
+    assert numbers == [1, 2, 3]
+
+
+def test_only_the_owner_may_act(tmp_path):
+    old = Lease(tmp_path)
+    fence = old.take()
+    with old.held(fence):
+        pass
+    old.release()
+    new = Lease(tmp_path)
+    new.take()
+    with pytest.raises(CannotGoOnError, match="number 1, now 2"), old.held(fence):
+        pytest.fail("an old owner acted")
+    new.release()
+
+
+def test_it_is_renewed_while_it_is_held(tmp_path, monkeypatch):
+    monkeypatch.setattr(leases, "RENEW_S", 0.05)
+    lease = Lease(tmp_path)
+    lease.take()
+    time.sleep(0.4)
+    assert json.loads((tmp_path / "lease.json").read_text())["renewals"] >= 3
+    lease.release()
+
+
+def test_many_at_once_get_it_one_after_the_other(tmp_path):
+    """Twelve processes race; exactly one wins each round, and no number is given twice."""
+    script = HOLDER.replace("time.sleep(60)", "") + "\nimport os; os._exit(0)"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT, env=os.environ,
+        )
+        for _ in range(12)
+    ]  # fmt: skip
+    numbers = []
+    for process in processes:
+        out, err = process.communicate(timeout=60)
+        if out.strip():
+            numbers.append(int(out))
+        else:
+            assert "in use by process" in err
+    assert len(numbers) == len(set(numbers)) >= 1
