@@ -1,4 +1,4 @@
-"""`make demo`: text to a trained model on this machine, with a rank killed on the way and the proof that it cost nothing.
+"""`make demo`: text to a trained model on this machine, a rank killed on the way, and the proof that it cost nothing.
 
 Every part is the command a user would type; between them this only tells what happens. The control is the same run,
 all its steps, with nothing happening to it: every loss and every byte of the final state are compared.
@@ -85,9 +85,9 @@ def _prove(screen: Console, killed: RunFolder, control: RunFolder, steps: int) -
         raise DemoFailedError("the final state differs from the control's although no loss does")
     restart = next(record for record in killed.history() if record["event"] == "restart")
     proof = (
-        f"proved: rank 1 was killed, the run went on from step {restart['step']} by itself and did {restart['redo']} steps"
-        f" again; all {steps} losses equal the control's to the last bit (step {steps}: {a[steps]}), and so does every"
-        " byte of the final parameters and moments"
+        f"proved: rank 1 was killed, the run went on from step {restart['step']} by itself and did {restart['redo']}"
+        f" steps again; all {steps} losses equal the control's to the last bit (step {steps}: {a[steps]}), and so does"
+        " every byte of the final parameters and moments"
     )
     killed.event("proof", proof)
     screen.print()
