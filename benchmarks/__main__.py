@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 
 NAMES = ("step", "data", "checkpoint", "start", "shakespeare")
@@ -22,7 +23,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=module.__doc__)
     module.add_options(parser)
     table = module.run(parser.parse_args(sys.argv[2:]))
-    return table.finish(name)
+    words = [name, *sys.argv[2:]]
+    key = re.sub(r"\W+", "_", " ".join(word for word in words if "/" not in word)).strip("_")
+    return table.finish(key, f"python -m benchmarks {' '.join(words)}")
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ class Table:
             row |= {"low": spread.low, "high": spread.high, "n": spread.count}
         self.rows.append(row)
 
-    def finish(self, name: str) -> int:
-        """Print the table, keep it, and return 1 when a goal was missed."""
+    def finish(self, key: str, command: str) -> int:
+        """Print the table, keep it under `key`, and return 1 when a goal was missed. command: what was typed."""
         print(f"\n{self.title}")
         print(f"{machine()}\n")
         width = max(len(row["name"]) for row in self.rows)
@@ -68,7 +68,10 @@ class Table:
             )
             note = f"   {row['note']}" if row["note"] else ""
             print(f"  {row['name']:{width}}  {row['value']:.4g}{spread} {row['unit']}{goal}{note}")
-        record = {"benchmark": name, "time": time.time(), "machine": machine(), "rows": self.rows}
+        record = {
+            "key": key, "command": command, "title": self.title, "time": time.time(), "machine": machine(),
+            "rows": self.rows,
+        }  # fmt: skip
         with open(RESULTS, "a") as file:
             file.write(json.dumps(record) + "\n")
         return int(any(row["met"] is False for row in self.rows))

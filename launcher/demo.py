@@ -46,10 +46,12 @@ def main() -> int:
               "train", CONFIG, env={"LEVIATHAN_FAULT": f"step.before_update:1:{kill_at - 1}"})  # fmt: skip
         _part(screen, "3. the control: the same run with nothing happening to it",
               "train", CONFIG, "run.name=control", "log.wandb=off")  # fmt: skip
-        _prove(screen, RunFolder(Path("runs/demo")), RunFolder(Path("runs/control")), steps)
+        killed = RunFolder(Path("runs/demo"))
+        _prove(screen, killed, RunFolder(Path("runs/control")), steps)
         _part(screen, "4. how good it is on text it never saw", "eval", "demo")
-        _part(screen, "5. what it writes", "generate", "demo", "--prompt", PROMPT, "--tokens", "300",
-              "--temperature", "0.8", "--seed", "1")  # fmt: skip
+        text = _part(screen, "5. what it writes", "generate", "demo", "--prompt", PROMPT, "--tokens", "300",
+                     "--temperature", "0.8", "--seed", "1", keep=True)  # fmt: skip
+        killed.event("sample", "what it writes", prompt=PROMPT, text=text.removeprefix(PROMPT), step=steps)
         _part(screen, "6. the report", "report", "demo", "--out", "report.html")
     except DemoFailedError as error:
         screen.print(f"[bold red]{error}[/bold red]")
@@ -60,15 +62,23 @@ def main() -> int:
     return 0
 
 
-def _part(screen: Console, title: str, *words: str, env: dict[str, str] | None = None) -> None:
-    """Run one command, as a user would type it."""
+def _part(screen: Console, title: str, *words: str, env: dict[str, str] | None = None, keep: bool = False) -> str:
+    """Run one command, as a user would type it; with `keep`, return what it printed once it is printed."""
     screen.print()
     screen.print(Rule(title, align="left"))
     screen.print(f"[dim]$ leviathan {' '.join(words)}[/dim]")
     sys.stdout.flush()
-    code = subprocess.run([sys.executable, "-m", "launcher", *words], env=os.environ | (env or {})).returncode
-    if code:
-        raise DemoFailedError(f"`leviathan {' '.join(words)}` ended with {code}; `leviathan doctor` may say why")
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", *words], env=os.environ | (env or {}), text=True, check=False,
+        stdout=subprocess.PIPE if keep else None,
+    )  # fmt: skip
+    if keep:
+        print(done.stdout, end="", flush=True)
+    if done.returncode:
+        raise DemoFailedError(
+            f"`leviathan {' '.join(words)}` ended with {done.returncode}; `leviathan doctor` may say why"
+        )
+    return done.stdout or ""
 
 
 def _prove(screen: Console, killed: RunFolder, control: RunFolder, steps: int) -> None:

@@ -217,8 +217,8 @@ def own_mixers(config: RunConfig, folder: RunFolder) -> tuple[RunConfig, dict[Pa
         copies[target] = source
         return part.model_copy(update={"file": str(target)})
 
-    mixers = tuple(place(part) for part in config.model.mixers)
-    return config.model_copy(update={"model": config.model.model_copy(update={"mixers": mixers})}), copies
+    parts = {"mixers": tuple(place(part) for part in config.model.mixers), "channel": place(config.model.channel)}
+    return config.model_copy(update={"model": config.model.model_copy(update=parts)}), copies
 
 
 def _origin(branch: str, runs: Path, folder: RunFolder) -> dict[str, Any]:

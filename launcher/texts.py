@@ -186,7 +186,7 @@ def list_mixers() -> None:
         kept = [promise if held else f"not {promise}" for promise, held in facts.promises.items()]
         table.add_row(
             Text(name, style="bold"), about, short_number(facts.parameters), short_number(facts.flops_per_token),
-            _kib(facts.state_bytes), "\n".join(kept),
+            size_text(facts.state_bytes), "\n".join(kept),
         )  # fmt: skip
     terminal.print(table)
     terminal.print(
@@ -217,7 +217,8 @@ def _source(text: str) -> str:
     return f"arXiv {paper[1]}" if paper and paper[0] not in _first_sentence(text) else ""
 
 
-def _kib(count: int) -> str:
+def size_text(count: int) -> str:
+    """Bytes in KiB or MiB."""
     return f"{count / 1024:,.0f} KiB" if count < 1 << 20 else f"{count / (1 << 20):,.1f} MiB"
 
 

@@ -34,6 +34,6 @@ REGISTRY: Registry[ChannelMixer] = Registry("channel", Path(__file__).with_name(
 register = REGISTRY.register
 
 
-def make(name: str, options: Mapping[str, Any], site: Site) -> ChannelMixer:
+def make(name: str, options: Mapping[str, Any], site: Site, file: str | None = None) -> ChannelMixer:
     """The channel mixer `name`, with its options checked by its own configuration, built for `site`."""
-    return REGISTRY.make(name, options, site)
+    return REGISTRY.make(name, options, site, file)

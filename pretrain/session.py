@@ -246,17 +246,12 @@ class Session:
 
     def _open_log(self) -> Log:
         config = self.config
-        peak = (
-            1e12 * config.log.peak_tflops
-            if config.log.peak_tflops
-            else peak_flops(self.device, config.engine.precision)
-        )
         meter = metrics.Meter(
             self.attempt,
             self.sources,
             config.train.batch_rows * config.model.length,
             self.cost.flops_per_token,
-            peak_flops_per_s=peak * self.ranks.world,
+            peak_flops_per_s=self._peak() * self.ranks.world,
             memory_mib=_cuda_memory if self.device.type == "cuda" else metrics.resident_mib,
         )
         mirror = None
@@ -267,6 +262,19 @@ class Session:
             )
             mirror.start()
         return Log(self.folder, meter, mirror)
+
+    def _peak(self) -> float:
+        """Operations a second of one device; measured once in the life of a run, so that MFU means the same in all of
+        its attempts."""
+        if self.config.log.peak_tflops:
+            return 1e12 * self.config.log.peak_tflops
+        precision = self.config.engine.precision
+        key = f"{self.ranks.host} {self.device.type} {precision} {torch.get_num_threads()} threads"
+        known = self.folder.facts().get("peak_flops", {})
+        if key not in known:
+            known[key] = peak_flops(self.device, precision)
+            self.folder.set_facts(peak_flops=known)
+        return float(known[key])
 
     def _tell_start(self, place: Place, steps: int) -> None:
         self.log.event(

@@ -107,7 +107,7 @@ class LanguageModel(nn.Module):
         site = Site(config.width, config.length, layer, config.depth, config.bias, config.positions)
         chosen = config.mixers[layer % len(config.mixers)]
         mix = mixer.make(chosen.name, chosen.options, site, chosen.file)
-        chan = channel.make(config.channel.name, config.channel.options, site)
+        chan = channel.make(config.channel.name, config.channel.options, site, config.channel.file)
         return Block((_norm(config), _norm(config)), mix, chan, config.dropout)
 
     def forward(self, batch: Batch) -> LossParts:

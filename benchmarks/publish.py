@@ -1,0 +1,56 @@
+"""`python -m benchmarks.publish`: the newest results of every benchmark, written into docs/BENCHMARKS.md.
+
+docs/benchmarks.jsonl keeps them as they were measured, so that no figure of that page is typed by hand; a test holds
+the two together. Results of another machine stay until that benchmark is published again from there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS
+from launcher.tables import ROOT, filled, markdown
+
+PAGE = ROOT / "docs/BENCHMARKS.md"
+KEPT = ROOT / "docs/benchmarks.jsonl"
+
+Records = dict[str, dict[str, Any]]
+
+
+def read(path: Path) -> Records:
+    """The newest record of each key in a file of results."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {record["key"]: record for record in map(json.loads, lines)}
+
+
+def tables(records: Records) -> Mapping[str, Any]:
+    """For every record the text of its table, by its key."""
+    return {key: lambda record=record: table(record) for key, record in records.items()}
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """One benchmark's command, machine and figures."""
+    rows = []
+    for row in record["rows"]:
+        spread = f"{row['low']:.4g} – {row['high']:.4g} (n={row['n']})" if "low" in row else ""
+        goal = "" if row["goal"] is None else f"{row['sense']} {row['goal']:g}: {'met' if row['met'] else 'MISSED'}"
+        rows.append([" ".join(filter(None, (row["name"], row["note"]))), f"{row['value']:.4g} {row['unit']}".strip(),
+                     spread, goal])  # fmt: skip
+    figures = markdown(["figure", ">median or value", ">95 % interval", "goal"], rows)
+    return f"`{record['command']}`\n\n{record['title']}\n\n{figures}\n\n{record['machine']}"
+
+
+def main() -> int:
+    """Take over what results.jsonl has, and write the page anew."""
+    records = read(KEPT) | read(RESULTS)
+    KEPT.write_text("".join(json.dumps(records[key]) + "\n" for key in sorted(records)))
+    PAGE.write_text(filled(PAGE.read_text(), tables(records)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
