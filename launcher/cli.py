@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from pathlib import Path
@@ -251,6 +252,11 @@ def main() -> None:
         code = INTERRUPTED
     except PermissionError as error:
         _tell(f"{error.filename}: {error.strerror}; change its permissions, or choose another place")
+        code = ConfigError.exit_code
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _tell(f"{error.filename or 'this machine'}: {error.strerror}; free some, or choose another place")
         code = ConfigError.exit_code
     _leave(code or 0)
 

@@ -234,10 +234,11 @@ class CheckpointStore:
         return [notes[rank] for rank in range(self._ranks.world)]
 
     def _give_up(self, job: _Save, reason: str) -> None:
+        free = free_bytes(self._folder.checkpoints)  # before the draft is gone, which is what did not fit
         with contextlib.suppress(OSError):
             shutil.rmtree(job.draft, ignore_errors=True)
         size = self._snapshot.bytes * self._ranks.world if self._snapshot else 0
-        self._report_failure(job.step, reason, size, free_bytes(self._folder.checkpoints))
+        self._report_failure(job.step, reason, size, free)
 
     def _report_failure(self, step: int, reason: str, need: int, free: int) -> None:
         if not self._ranks.first:

@@ -58,7 +58,9 @@ class Lease:
             self._thread = None
         with self._locked():
             if self._read().get("fence") == self.fence:
-                write_whole(self._file, json.dumps({"fence": self.fence}).encode())
+                # where the disk is full it stays the lease of a process that has ended, which anybody may replace
+                with contextlib.suppress(OSError):
+                    write_whole(self._file, json.dumps({"fence": self.fence}).encode())
 
     @contextlib.contextmanager
     def held(self, fence: int) -> Iterator[None]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pretrain.engine import StepResult
 from pretrain.metrics import JsonlSink, Meter, WandbMirror
-from pretrain.run_folder import Record, RunFolder, append_line
+from pretrain.run_folder import Record, RunFolder
 
 
 class Log:
@@ -25,7 +25,7 @@ class Log:
 
     def evaluation(self, record: Record) -> None:
         """Tell the figures of an evaluation."""
-        append_line(self._folder.evals, record)
+        self._folder.append(self._folder.evals, record)
         if self._mirror is not None:
             self._mirror.write_eval(record)
 
@@ -35,7 +35,11 @@ class Log:
 
     def close(self) -> None:
         """Have everything written; W&B gets some seconds and no more."""
-        self._sink.close()
+        try:
+            self._sink.close()
+        except OSError as problem:
+            # why the run ends matters more, and steps after the last checkpoint are done again
+            self.event("warning", f"the last lines of metrics.jsonl could not be written ({problem.strerror})")
         if self._mirror is not None:
             self._mirror.close(20.0)
 

@@ -6,6 +6,7 @@ LEVIATHAN_ATTEMPT, LEVIATHAN_FENCE, LEVIATHAN_HEARTBEAT, LEVIATHAN_PARENT where 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import json
@@ -22,6 +23,8 @@ from pretrain.config import RunConfig
 from pretrain.health import Heartbeat, StopRequests
 from pretrain.run_folder import RunFolder
 
+NOTE_BYTES = 4096
+
 
 def main(arguments: list[str]) -> int:
     """Run one rank; return its exit code, and leave a note of why it ended."""
@@ -32,16 +35,19 @@ def main(arguments: list[str]) -> int:
     folder = RunFolder(Path(arguments[0]))
     rank = int(os.environ.get("RANK", "0"))
     code, message = 1, ""
+    _reserve(folder.exit_of(rank))
     try:
         code = _run(folder, rank)
     except LeviathanError as error:
         code, message = error.exit_code, str(error)
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            print(f"error: {message}", file=sys.stderr, flush=True)
     except BaseException as error:
         message = f"{type(error).__name__}: {error}".splitlines()[0]
-        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
     note = {"rank": rank, "code": code, "message": message, "attempt": int(os.environ.get("LEVIATHAN_ATTEMPT", "0"))}
-    folder.exit_of(rank).write_text(json.dumps(note))
+    _leave_note(folder.exit_of(rank), json.dumps(note).encode())
     return code
 
 
@@ -60,6 +66,19 @@ def _run(folder: RunFolder, rank: int) -> int:
         session.close()
 
 
+def _reserve(path: Path) -> None:
+    """Take the room for the note of why this rank ends: the reason may be that there is none left."""
+    with contextlib.suppress(OSError):
+        path.with_suffix(".draft").write_bytes(b" " * NOTE_BYTES)
+
+
+def _leave_note(path: Path, note: bytes) -> None:
+    draft = path.with_suffix(".draft")
+    with contextlib.suppress(OSError), open(draft, "r+b" if draft.exists() else "wb", buffering=0) as file:
+        file.write(note.ljust(NOTE_BYTES))
+        os.replace(draft, path)
+
+
 def _die_with_parent() -> None:
     """Have the kernel kill this process when its supervisor dies: no rank outlives it."""
     parent = os.environ.get("LEVIATHAN_PARENT")
@@ -74,8 +93,9 @@ def _die_with_parent() -> None:
 def leave(code: int) -> NoReturn:
     """End this process without tearing down the C++ side of torch, which now and then aborts while its gloo threads
     go (a rank that has done all its work would look as if it had died). Everything of ours is closed by now."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # the log may lie on a full disk
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

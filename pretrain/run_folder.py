@@ -9,9 +9,12 @@ logs/rank_00000.log        what each rank printed    logs/rank_00000.exit.json  
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ from configs.errors import UsageError
 from data_pipeline.files import write_whole
 
 Record = dict[str, Any]
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class RunFolder:
@@ -35,6 +40,9 @@ class RunFolder:
         self.metrics, self.events = path / "metrics.jsonl", path / "events.jsonl"
         self.evals = path / "evals.jsonl"
         self.wandb, self.stop_request = path / "wandb", path / "stop.request"
+        self._waiting: deque[tuple[Path, Record]] = deque()
+        # of events, so that a signal handler may tell one while another is being written
+        self._lock = threading.RLock()
 
     @classmethod
     def find(cls, name: str, runs: Path = Path("runs")) -> RunFolder:
@@ -64,7 +72,9 @@ class RunFolder:
 
     def set_facts(self, **facts: Any) -> None:
         """Add to run.json."""
-        write_whole(self.path / "run.json", json.dumps(self.facts() | facts, indent=1).encode())
+        known = self.facts()
+        if known | facts != known:
+            write_whole(self.path / "run.json", json.dumps(known | facts, indent=1).encode())
 
     def committed_steps(self) -> list[int]:
         """Steps of all committed checkpoints, newest first; they need not be valid."""
@@ -82,11 +92,25 @@ class RunFolder:
     def event(self, kind: str, message: str, **fields: Any) -> None:
         """Add a line to the history: what happened, one sentence for people, and facts for programs."""
         record = {"time": time.time(), "attempt": self.attempt, "event": kind, "message": message, **fields}
-        append_line(self.events, record)
+        self.append(self.events, record)
+
+    def append(self, path: Path, record: Record) -> None:
+        """Add a line to a file of the folder. What a full disk refuses waits in memory and goes before the next one."""
+        with self._lock:
+            self._waiting.append((path, record))
+            while self._waiting:
+                oldest = self._waiting.popleft()
+                try:
+                    append_line(*oldest)
+                except OSError as error:
+                    if error.errno not in NO_ROOM:
+                        raise
+                    self._waiting.appendleft(oldest)
+                    return
 
     def history(self) -> list[Record]:
-        """All events so far."""
-        return list(read_lines(self.events))
+        """All events so far, also those that wait for a disk with room."""
+        return [*read_lines(self.events), *(record for path, record in self._waiting if path == self.events)]
 
     def steps(self) -> dict[int, Record]:
         """The metrics of every step, the last attempt's where it was done more than once; in order of steps."""
@@ -100,10 +124,16 @@ def step_name(step: int) -> str:
 
 
 def append_line(path: Path, record: Record) -> None:
-    """Append one JSON line in a single write, which survives the death of this process."""
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    """Append one JSON line in a single write, which survives the death of this process. Raises OSError where the disk
+    takes none or only a part of it; such a part does not swallow the next line."""
+    line = (json.dumps(record) + "\n").encode()
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     try:
-        os.write(handle, (json.dumps(record) + "\n").encode())
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        if os.write(handle, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     finally:
         os.close(handle)
 

@@ -73,6 +73,12 @@ def train(
             return _leave(leaving, store, log, done, saved)
     heartbeat.at("save", plan.stop)
     store.wait()
+    if store.failures:
+        raise CannotGoOnError(
+            f"all {plan.stop} steps are done, but the last checkpoint could not be written (see the save_failed"
+            " events); make room or fix the disk, then start the run again: it goes on after step"
+            f" {store.last_good or plan.start}"
+        )
     return DONE
 
 
