@@ -84,6 +84,7 @@ def prepare(
     name = folder.name
     # before anything is written: the run that has the folder reads it at every restart
     check_not_in_use(folder)
+    origin = _origin(branch, Path(config.run.dir).expanduser(), folder) if branch is not None else None
     config, copies = own_mixers(config, folder)
     changes = changes_since(folder, config, allow) if has_begun(folder) else {}
     if changes:
@@ -94,8 +95,8 @@ def prepare(
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
     facts = {"run_id": uuid.uuid4().hex, "name": name, "created": time.time()} if not folder.facts() else {}
-    if branch is not None:
-        facts["from"] = _origin(branch, Path(config.run.dir).expanduser(), folder)
+    if origin is not None:
+        facts["from"] = origin
     folder.set_facts(**facts, steps=total_steps(config), ranks=launch.ranks, code=_code_version(folder))
     write_whole(folder.config, to_yaml(config).encode())
     write_whole(folder.launch, to_yaml(launch).encode())
@@ -229,7 +230,21 @@ def _origin(branch: str, runs: Path, folder: RunFolder) -> dict[str, Any]:
     other = RunFolder.find(name, runs)
     if other.path.resolve() == folder.path.resolve():
         raise ConfigError(f"--from {branch} names the run itself; give the branch another run.name")
-    return {"run": str(other.path.resolve()), "step": int(step) if step else None}
+    place = str(other.path.resolve())
+    if has_begun(folder):
+        known = folder.facts().get("from")
+        if known is None or known["run"] != place or (step and int(step) != known["step"]):
+            began = f"from {known['run']}@{known['step']}" if known else "from nothing"
+            raise ConfigError(
+                f"run {folder.name} has begun, {began}; go on with it without --from {branch}, or give the branch"
+                " another run.name"
+            )
+        return known
+    newest = max(other.committed_steps(), default=None)
+    if newest is None:
+        raise ConfigError(f"--from {branch}: run {other.name} has no checkpoint yet; branch when it has saved one")
+    # a number even where none was asked for: the other run may go on before this one saves its first checkpoint
+    return {"run": place, "step": int(step) if step else newest}
 
 
 def _code_version(folder: RunFolder) -> dict[str, Any]:

@@ -1,0 +1,155 @@
+"""A run that goes on as another, further than planned, or changed. One rank of the reference engine."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from configs.errors import DONE, ConfigError
+from configs.load import load
+from launcher.prepare import prepare
+from pretrain.checkpoint_files import newest_readable
+from pretrain.config import RunConfig
+from pretrain.health import Heartbeat
+from pretrain.run_folder import RunFolder
+from pretrain.session import Session
+from tests.conftest import events, leviathan, losses
+from tests.small_run import NobodyAsks, small_config, train_small
+
+STEPS = 12
+
+
+@pytest.fixture
+def config(tmp_path: Path, shards: Path, corpus: Path) -> Path:
+    return small_config(tmp_path, shards, corpus)
+
+
+def train(config: Path, *words: str, branch: str | None = None, allow: tuple[str, ...] = ()) -> RunFolder:
+    """What the verb `train` does, within this process."""
+    prepared = prepare([config], ["engine.name=torch", *words], ranks=1, branch=branch, allow=allow)
+    session = Session(prepared.folder, prepared.config, Heartbeat(None))
+    assert session.train(NobodyAsks()) == DONE
+    session.close()
+    return prepared.folder
+
+
+def hashes(folder: RunFolder) -> dict[str, str]:
+    """Of every file of a run."""
+    files = (path for path in folder.path.rglob("*") if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def final_state(folder: RunFolder) -> tuple[int, list[str]]:
+    found = newest_readable(folder)
+    return found.step, [note["sha256"] for note in found.facts["files"]]
+
+
+def branch_at_5(config: Path, env: dict[str, str] | None = None) -> RunFolder:
+    """A branch by the command line, trained to its end."""
+    words = ("engine.name=torch", "--ranks", 1, "run.name=other", "--from", "small@5")
+    done = leviathan("train", config, *words, env=env)
+    assert done.code == 0, done.err
+    return RunFolder(config.parent / "runs" / "other")
+
+
+def test_a_branch_goes_on_with_the_state_of_that_step_and_leaves_the_other_run_alone(config):
+    origin = train_small(config)
+    before = hashes(origin)
+    other = branch_at_5(config)
+    assert sorted(losses(other)) == list(range(6, STEPS + 1))
+    assert losses(other) == {step: loss for step, loss in losses(origin).items() if step > 5}
+    assert final_state(other) == final_state(origin)
+    assert newest_readable(other).facts["data"]["rows"] == newest_readable(origin).facts["data"]["rows"] == 8 * STEPS
+    assert hashes(origin) == before
+    assert other.facts()["from"] == {"run": str(origin.path.resolve()), "step": 5}
+    assert other.facts()["run_id"] != origin.facts()["run_id"]
+    assert events(other, "resume") == ["resumed from step_000000005"]
+
+
+@pytest.mark.e2e
+def test_a_branch_that_is_killed_before_it_saved_anything_begins_there_again(config):
+    origin = train_small(config)
+    other = branch_at_5(config, env={"LEVIATHAN_FAULT": "step.before_update:0:7"})
+    assert "died in phase 'step' of step 8" in events(other, "fault")[0]
+    assert events(other, "resume") == ["resumed from step_000000005"] * 2
+    assert losses(other) == {step: loss for step, loss in losses(origin).items() if step > 5}
+    assert final_state(other) == final_state(origin)
+
+
+def test_a_branch_may_be_trained_otherwise_from_there_on(config):
+    origin = train_small(config)
+    other = train(config, "run.name=other", "optim.lr=1e-2", branch="small@10")
+    assert losses(other)[11] == losses(origin)[11], "the loss is of the state before the update"
+    assert losses(other)[12] != losses(origin)[12]
+    assert other.steps()[11]["lr"] == pytest.approx(2 * origin.steps()[11]["lr"])
+    again = train(config, "run.name=again", "data.sources.lists.weight=50", branch="small@10")
+    rows = [newest_readable(run).facts["data"]["weights"] for run in (origin, again)]
+    assert rows[1][: len(rows[0])] == rows[0]
+    assert rows[1][1:] == [[80, {"letters": 1.0, "lists": 50.0}]]
+
+
+def test_a_branch_without_a_step_begins_at_the_newest_and_stays_with_it(config):
+    origin = train_small(config, "train.steps=10")
+    prepared = prepare([config], ["run.name=other"], ranks=1, branch="small", allow=[])
+    assert prepared.folder.facts()["from"]["step"] == 10
+    # the other run goes on before the branch begins, or while it is started again
+    train(config)
+    other = train(config, "run.name=other")
+    assert sorted(losses(other)) == [11, 12]
+    assert events(other, "resume") == ["resumed from step_000000010"]
+    assert losses(other) == {step: losses(origin)[step] for step in (11, 12)}
+
+
+def test_a_run_that_has_begun_keeps_its_origin(config):
+    train_small(config)
+    other = train(config, "run.name=other", branch="small@10")
+    before = other.facts()["from"]
+    with pytest.raises(ConfigError, match=r"run other has begun, from .*/small@10; .* another run\.name"):
+        prepare([config], ["run.name=other"], ranks=1, branch="small@5", allow=[])
+    plain = train(config, "run.name=plain", "train.steps=5")
+    with pytest.raises(ConfigError, match=r"run plain has begun, from nothing; .* another run\.name"):
+        prepare([config], ["run.name=plain"], ranks=1, branch="small@5", allow=[])
+    assert "from" not in plain.facts()
+    # the same command as before is how a branch goes on
+    train(config, "run.name=other", "train.steps=14", branch="small@10")
+    assert other.facts()["from"] == before
+    assert events(other, "resume")[-1] == "resumed from step_000000012"
+
+
+def test_there_is_no_branch_from_a_run_that_saved_nothing(config):
+    prepare([config], [], ranks=1, branch=None, allow=[])
+    with pytest.raises(ConfigError, match=r"--from small: run small has no checkpoint yet"):
+        prepare([config], ["run.name=other"], ranks=1, branch="small", allow=[])
+
+
+def test_a_run_whose_steps_are_extended_goes_on_and_says_so(config):
+    run = train_small(config)
+    before = losses(run)
+    assert train(config, f"train.steps={STEPS + 8}").path == run.path
+    after = losses(run)
+    assert sorted(after) == list(range(1, STEPS + 9))
+    assert {step: after[step] for step in before} == before
+    assert events(run, "change") == ["configuration changed: train.steps: 12 → 20"]
+    assert events(run, "resume") == [f"resumed from step_{STEPS:09d}"]
+    assert newest_readable(run).step == run.facts()["steps"] == STEPS + 8
+    assert newest_readable(run).facts["data"]["rows"] == 8 * (STEPS + 8)
+
+
+def test_what_makes_it_another_run_is_refused_until_it_is_allowed_and_then_recorded(config):
+    run = train_small(config, "train.steps=5")
+    with pytest.raises(ConfigError, match=r"train\.batch_rows: 8 → 4.* or allow it with --allow train\.batch_rows"):
+        train(config, "train.steps=10", "train.batch_rows=4")
+    assert not events(run, "change")
+    train(config, "train.steps=10", "train.batch_rows=4", allow=("train.batch_rows",))
+    (change,) = (event for event in run.history() if event["event"] == "change")
+    assert change["message"] == "configuration changed: train.batch_rows: 8 → 4; train.steps: 5 → 10"
+    assert change["changes"] == {"train.batch_rows": [8, 4], "train.steps": [5, 10]}
+    assert load(RunConfig, [run.config]).train.batch_rows == 4
+    assert sorted(losses(run)) == list(range(1, 11))
+    assert newest_readable(run).facts["data"]["rows"] == 5 * 8 + 5 * 4
+    # from then on it is part of the run
+    train(config, "train.steps=12", "train.batch_rows=4")
+    with pytest.raises(ConfigError, match=r"train\.batch_rows: 4 → 8"):
+        train(config, "train.steps=14")
