@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 
@@ -10,9 +11,13 @@ import torch
 from pretrain.config import EngineConfig
 from pretrain.models.language_model import LanguageModel
 
-# dense bf16 and fp32 (TF32 off) peaks as the makers state them, in TFLOP/s
+# dense bf16 and fp32 (TF32 off) peaks as the makers state them, in TFLOP/s; of two names that fit, the first holds
 _PEAKS = {
+    "GH200": (989.0, 67.0),
+    "H200 NVL": (835.0, 60.0),
     "H200": (989.0, 67.0),
+    "H100 NVL": (835.0, 60.0),
+    "H100 PCIe": (756.0, 51.0),
     "H100": (989.0, 67.0),
     "A100": (312.0, 19.5),
     "L40S": (362.0, 91.6),
@@ -50,7 +55,8 @@ def training_bytes(parameters: int, config: EngineConfig, world: int) -> int:
     weights = low * parameters / (shared if config.zero == 3 else 1)
     grads = low * parameters / (shared if config.zero >= 2 else 1)
     moments = 12 * parameters / (shared if config.zero >= 1 else 1)
-    if config.zero == 0 and config.precision == "fp32":
+    if config.precision == "fp32" and (config.zero == 0 or config.name == "torch"):
+        # the weights are their own masters
         moments -= 4 * parameters
     return int(weights + grads + (0 if config.offload_optimizer else moments))
 
@@ -59,7 +65,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
     """Operations a second that one device can reach: the maker's figure for known GPUs, else measured in 0.2 s."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        known = next((peaks for key, peaks in _PEAKS.items() if key in name), None)
+        known = next((peaks for key, peaks in _PEAKS.items() if re.search(rf"\b{key}\b(?! Laptop)", name)), None)
         if known is not None:
             return 1e12 * known[0 if precision == "bf16" else 1]
     return measured_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -70,7 +76,7 @@ def measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.
     size = 1024 if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device).to(dtype)
     best, end = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < end:
+    while not best or time.perf_counter() < end:
         began = time.perf_counter()
         a @ a
         if device.type == "cuda":

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from configs.errors import ConfigError
 from pretrain.channel import ChannelMixer
 from pretrain.config import OptimConfig
 from pretrain.mixer import TokenMixer
@@ -48,12 +49,22 @@ def _new_group(kind: str, factor: float, decays: bool, config: OptimConfig) -> d
 
 
 def _special(model: nn.Module) -> dict[str, tuple[float, bool]]:
-    """What mixers except from the general rule: (factor on the learning rate, whether it decays) by full name."""
+    """What mixers except from the general rule: (factor on the learning rate, whether it decays) by full name.
+
+    Raises ConfigError for a name that the mixer does not have: the general rule would silently hold for what was meant.
+    """
     out: dict[str, tuple[float, bool]] = {}
     for path, module in model.named_modules():
         if isinstance(module, TokenMixer | ChannelMixer):
+            there = [name for name, _ in module.named_parameters()]
             for group in module.param_groups():
-                out |= {f"{path}.{name}": (group.lr, group.decay) for name in group.names}
+                for name in group.names:
+                    if name not in there:
+                        raise ConfigError(
+                            f"param_groups() of {path} ({type(module).__name__}) names {name!r}, which is no parameter;"
+                            f" it has {', '.join(there) or 'none'}"
+                        )
+                    out[f"{path}.{name}"] = (group.lr, group.decay)
     return out
 
 

@@ -46,7 +46,7 @@ def train(
 
     evaluate: the held-out loss after so many steps. facts: what a checkpoint tells besides the engine's state.
     """
-    judge, saved = SkipJudge(plan.max_skips), plan.start
+    judge = SkipJudge(plan.max_skips)
     for step in range(plan.start, plan.stop):
         done = step + 1
         heartbeat.at("data", done)
@@ -64,15 +64,14 @@ def train(
 
         if done % plan.save_every == 0 or done == plan.stop or leaving is not None:
             heartbeat.at("save", done)
-            if store.save(done, engine.state(), facts()):
-                saved = done
+            store.save(done, engine.state(), facts())
         if plan.eval_every and (done % plan.eval_every == 0 or done == plan.stop) and leaving is None:
             heartbeat.at("evaluate", done)
             log.evaluation(evaluate(done))
         if leaving is not None:
-            return _leave(leaving, store, log, done, saved)
+            return _leave(leaving, store, log, done)
     heartbeat.at("save", plan.stop)
-    store.wait()
+    _finish_saving(store)
     if store.failures:
         raise CannotGoOnError(
             f"all {plan.stop} steps are done, but the last checkpoint could not be written (see the save_failed"
@@ -102,14 +101,20 @@ def _leaving(result: StepResult, store: CheckpointStore) -> int | None:
     return PREEMPTED if preempted else INTERRUPTED if interrupted else None
 
 
-def _leave(code: int, store: CheckpointStore, log: Log, done: int, saved: int) -> int:
+def _finish_saving(store: CheckpointStore) -> None:
+    """Wait for the save under way. No step comes after it whose votes could tell that the lease was lost over it."""
     store.wait()
-    if saved != done or store.last_good not in (done, None):
-        log.event(
-            "warning", f"leaving at step {done} without a checkpoint of it; the last is of step {store.last_good}"
-        )
+    if store.lost_lease is not None:
+        raise store.lost_lease
+
+
+def _leave(code: int, store: CheckpointStore, log: Log, done: int) -> int:
+    _finish_saving(store)
+    if store.last_good != done:
+        last = "there is none" if store.last_good is None else f"the last is of step {store.last_good}"
+        log.event("warning", f"leaving at step {done} without a checkpoint of it; {last}")
     why = "preempted" if code == PREEMPTED else "asked to stop"
-    log.event("stop", f"{why}: left after step {done}; start it again to go on from there", step=done, code=code)
+    log.event("stop", f"{why}: left after step {done}; start it again to go on", step=done, code=code)
     return code
 
 
