@@ -48,8 +48,8 @@ def residual(fan_in: int, fan_out: int, depth: int, *, bias: bool = False) -> nn
     """A linear layer that ends a residual branch of a model of `depth` blocks: all branches together begin at a
     quarter of the size of a linear layer's output, so that at first each token is mostly itself.
 
-    Measured in docs/BENCHMARKS.md: a full size hides the token from later blocks and costs 0.02 nats; zero, which
-    learns as well, lets a tied head begin by repeating each token with a logit of sqrt(width).
+    A full size hides the token from later blocks and costs 0.02 nats (docs/BENCHMARKS.md); zero would let a tied head
+    begin by repeating each token with a logit of sqrt(width).
     """
     return _linear(fan_in, fan_out, bias, normal(0.25 / (2 * depth * fan_in) ** 0.5))
 
