@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.errors import DataError
+import numpy as np
+
+from configs.errors import ConfigError, DataError
 from data_pipeline import manifest as manifests
 from data_pipeline import tokenizer as tokenizers
 from data_pipeline.config import DataConfig
+from data_pipeline.files import human_bytes
 from data_pipeline.inspect_shards import load_manifest
 from data_pipeline.loader import ShardSet
 from data_pipeline.manifest import HEADER, TABLE, Manifest
 from data_pipeline.places import is_url, public
-from data_pipeline.remote import ShardCache, fetch_small
+from data_pipeline.remote import ShardCache, fetch_small, join
 from data_pipeline.tokenizer import Tokenizer
 
 
@@ -30,7 +34,7 @@ def open_dataset(data: DataConfig) -> Dataset:
     """Open `data.dir` and check that it holds what the configuration asks for.
 
     Raises DataError where there are no shards, the tokenizer is another, a source is missing, or, for a local folder,
-    a shard is missing or of another size.
+    a shard is missing or of another size; ConfigError where a window of remote shards does not fit their cache.
     """
     if is_url(data.dir):
         manifest, tokenizer, shards = _open_remote(data)
@@ -44,14 +48,32 @@ def open_dataset(data: DataConfig) -> Dataset:
 
 
 def _open_remote(data: DataConfig) -> tuple[Manifest, Tokenizer, ShardSet]:
-    url = data.dir.rstrip("/")
-    where = public(url)
-    manifest = manifests.decode(fetch_small(f"{url}/{HEADER}"), fetch_small(f"{url}/{TABLE}"), where)
-    model = None if manifest.tokenizer.spec == "bytes" else fetch_small(f"{url}/{tokenizers.MODEL}")
-    tokenizer = tokenizers.load(fetch_small(f"{url}/{tokenizers.HEADER}"), model, where)
-    folder = Path(data.cache_dir).expanduser() / manifest.fingerprint[:16]
-    cache = ShardCache(url, folder, int(data.cache_gib * 2**30))
+    url, where = data.dir, public(data.dir).rstrip("/")
+    manifest = manifests.decode(fetch_small(join(url, HEADER)), fetch_small(join(url, TABLE)), where)
+    if not re.fullmatch("[0-9a-f]{64}", manifest.fingerprint):
+        # it becomes a folder's name, and a manifest may come from anywhere
+        raise DataError(
+            f"{where}/{HEADER} has the fingerprint {manifest.fingerprint!r}, which is no sha256; do not use these"
+            " shards unless you know who made them"
+        )
+    model = None if manifest.tokenizer.spec == "bytes" else fetch_small(join(url, tokenizers.MODEL))
+    tokenizer = tokenizers.load(fetch_small(join(url, tokenizers.HEADER)), model, where)
+    limit = int(data.cache_gib * 2**30)
+    _check_window(data, manifest, limit)
+    cache = ShardCache(url, Path(data.cache_dir).expanduser() / manifest.fingerprint[:16], limit)
     return manifest, tokenizer, ShardSet(manifest, cache.locate, cache.expect)
+
+
+def _check_window(data: DataConfig, manifest: Manifest, limit: int) -> None:
+    """Shards that are read together must fit the cache together, or they would be fetched again and again."""
+    sizes = [np.sort(manifest.column("bytes")[manifest.rows_of(name, "train")])[::-1] for name in data.sources]
+    need = sum(int(source[: data.window].sum()) for source in sizes)
+    if need > limit:
+        what = f"{data.window} shards of each source" if data.window else "all shards, as data.window is not set,"
+        raise ConfigError(
+            f"shuffling {what} takes {human_bytes(need)} on disk, but data.cache_gib allows {human_bytes(limit)};"
+            " raise it, or set data.window lower"
+        )
 
 
 def _check_sizes(folder: Path, manifest: Manifest) -> None:

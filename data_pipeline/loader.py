@@ -48,23 +48,35 @@ class ShardSet:
     ) -> None:
         self._manifest, self._locate, self._expect, self._most = manifest, locate, expect, most
         self._open: OrderedDict[int, Shard] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __getitem__(self, row: int) -> Shard:
         """The shard in row `row` of the manifest's table."""
-        shard = self._open.get(row)
-        if shard is None:
-            info = self._manifest.shard(row)
-            shard = self._open[row] = Shard(self._locate(info), info)
+        with self._lock:
+            shard = self._open.get(row)
+            if shard is not None:
+                self._open.move_to_end(row)
+                return shard
+        info = self._manifest.shard(row)
+        shard = Shard(self._locate(info), info)
+        with self._lock:
+            self._open[row] = shard
             if len(self._open) > self._most:
                 self._open.popitem(last=False)
-        else:
-            self._open.move_to_end(row)
         return shard
 
     def expect(self, rows: Callable[[], list[int]]) -> None:
-        """Have the shards in these rows of the table brought near, where they are far; `rows` is asked only then."""
-        if self._expect is not None:
-            self._expect([self._manifest.shard(row) for row in rows()])
+        """Have the shards in these rows of the table brought near, where they are far; `rows` is asked only then.
+
+        All others are closed: a file that left the disk takes its room there until nobody has it open.
+        """
+        if self._expect is None:
+            return
+        expected = rows()
+        with self._lock:
+            for row in self._open.keys() - set(expected):
+                del self._open[row]
+        self._expect([self._manifest.shard(row) for row in expected])
 
 
 class Loader:

@@ -23,6 +23,9 @@ RECORDS = ".build"
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".tar")
 
+SILENCE_S = 60.0
+"""The longest that a web server may send nothing."""
+
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _EXTRAS = {"s3": "s3", "gs": "gcs"}
 _LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
@@ -77,8 +80,9 @@ def open_input(path: str, size: int | None) -> BinaryIO:
     """The bytes of an input, to be read from the start. Raises DataError when a local file has another size by now."""
     if is_url(path):
         with explained(path):
-            # an HTTP server need not know how to jump, so files are streamed from their start
-            options = {"block_size": 0} if path.startswith("http") else {}
+            # an HTTP server need not know how to jump, so files are streamed from their start; where no size is given
+            # it is asked for first, and every failure to tell it becomes "not found"
+            options = {"block_size": 0, "size": size or 1} if path.startswith("http") else {}
             return _filesystem(path).open(path, "rb", **options)
     return _open_local(path, size)
 
@@ -229,11 +233,18 @@ def _filesystem(url: str) -> Any:
 
     scheme = _check_url(url)
     try:
-        return fsspec.filesystem(scheme)
+        return fsspec.filesystem(scheme, **(_http_options() if scheme in ("http", "https") else {}))
     except ImportError:
         extra = _EXTRAS.get(scheme)
         install = f"pip install 'leviathan-pretrain[{extra}]'" if extra else "pip install 'fsspec[http]'"
         raise ConfigError(f"{public(url)} needs a package that is not installed; run `{install}`") from None
+
+
+def _http_options() -> dict[str, Any]:
+    """A connection that is silent is given up; one that is slow is not, as it is by default after five minutes."""
+    import aiohttp
+
+    return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=SILENCE_S)}}
 
 
 def _find_remote(url: str) -> Found:
