@@ -46,8 +46,9 @@ def assert_same(run, reference):
     assert files_of(run) == files_of(reference)
 
 
-def ranks_alive():
-    return [p for p in psutil.process_iter(["cmdline"]) if "pretrain.run" in (p.info["cmdline"] or [])]
+def ranks_alive(run):
+    words = {"pretrain.run", str(run.path)}
+    return [p for p in psutil.process_iter(["cmdline"]) if words <= set(p.info["cmdline"] or [])]
 
 
 def test_a_killed_rank_costs_nothing_but_time(tiny, undisturbed):
@@ -62,7 +63,7 @@ def test_a_killed_rank_costs_nothing_but_time(tiny, undisturbed):
     last = max(row["time"] for row in _rows(run) if row["attempt"] == 0)
     assert died - last < 2.0
     assert again - died < 1.0
-    assert not ranks_alive()
+    assert not ranks_alive(run)
 
 
 def _rows(run):
@@ -95,7 +96,7 @@ def test_interrupted_once_it_finishes_the_step_saves_and_leaves_with_130(tiny):
     assert process.wait(timeout=30) == 130
     assert run.committed_steps()[0] == max(losses(run)) == 5
     assert "Ctrl-C again stops at once" in events(run, "signal")[0]
-    assert not ranks_alive()
+    assert not ranks_alive(run)
 
 
 def test_interrupted_twice_it_stops_at_once_and_what_was_saved_is_valid(tiny):
@@ -108,7 +109,7 @@ def test_interrupted_twice_it_stops_at_once_and_what_was_saved_is_valid(tiny):
         time.sleep(0.3)
     assert process.wait(timeout=10) == 130
     assert newest_readable(run).step == 5
-    assert not ranks_alive()
+    assert not ranks_alive(run)
 
 
 @pytest.mark.e2e

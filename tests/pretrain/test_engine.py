@@ -28,6 +28,7 @@ def test_all_stages_agree_with_plain_torch_over_twenty_steps(world, reference, t
             assert tokens * world == tokens0
 
 
+@pytest.mark.e2e
 def test_in_bf16_all_stages_follow_plain_torch(tmp_path):
     results = run_ranks(WORKER, "agree", 2, tmp_path, stages=STAGES, precision="bf16", steps=8)
     plain = run_ranks(WORKER, "agree", 1, tmp_path / "t", stages=["torch"], precision="bf16", steps=8)["torch"]
@@ -36,7 +37,7 @@ def test_in_bf16_all_stages_follow_plain_torch(tmp_path):
             assert row[0] == pytest.approx(row0[0], rel=2e-3), stage
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.e2e)])
 def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(precision, tmp_path):
     results = run_ranks(WORKER, "skip", 2, tmp_path, stages=STAGES, precision=precision)
     plain = run_ranks(WORKER, "skip", 1, tmp_path / "t", stages=["torch"], precision=precision)
@@ -46,6 +47,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_all(precision, 
         assert 3.0 < later_loss < 6.0
 
 
+@pytest.mark.e2e
 def test_accumulation_changes_nothing_but_rounding(tmp_path):
     results = run_ranks(WORKER, "accumulate", 2, tmp_path, stages=STAGES)
     for stage in STAGES:
@@ -54,6 +56,7 @@ def test_accumulation_changes_nothing_but_rounding(tmp_path):
                 assert row == pytest.approx(row0, rel=1e-5), (stage, micro)
 
 
+@pytest.mark.e2e
 def test_activation_checkpointing_changes_no_loss(tmp_path):
     results = run_ranks(WORKER, "options", 2, tmp_path, stages=STAGES, key="activation_checkpointing")
     for stage in STAGES:
@@ -61,6 +64,7 @@ def test_activation_checkpointing_changes_no_loss(tmp_path):
         assert results[f"{stage} again"] == results[f"{stage} on"], stage
 
 
+@pytest.mark.e2e
 def test_the_optimizers_state_can_live_in_host_memory(tmp_path):
     results = run_ranks(WORKER, "options", 2, tmp_path, stages=["1", "2", "3"], key="offload_optimizer")
     for stage in ("1", "2", "3"):
