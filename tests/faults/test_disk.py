@@ -62,6 +62,13 @@ def steps_of(run: RunFolder, kind: str) -> list[int]:
     return [event["step"] for event in run.history() if event["event"] == kind]
 
 
+def interrupt(process: subprocess.Popen[str]) -> None:
+    """Ctrl-C: the step is finished and saved, and the run leaves."""
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=40)
+    assert process.returncode == 130, out + err
+
+
 def assert_told(run: RunFolder, first: int, last_good: int) -> None:
     """Every save that failed is in the history, in order, each with its step and what it needed and found."""
     failed = [event for event in run.history() if event["event"] == "save_failed"]
@@ -81,9 +88,7 @@ def test_training_and_then_saving_go_on_over_a_disk_that_was_full_for_a_while(ti
     kept = whole(run)
     filler.unlink()
     wait_until(lambda: run.committed_steps()[0] > kept[0] + 100)
-    os.kill(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=40)
-    assert process.returncode == 130, out + err
+    interrupt(process)
     assert not events(run, "fault", "restart")
     assert_told(run, kept[0] + 50, kept[0])
     failed, saved = steps_of(run, "save_failed"), steps_of(run, "checkpoint")
@@ -99,22 +104,22 @@ def test_training_and_then_saving_go_on_over_a_disk_that_was_full_for_a_while(ti
 @pytest.mark.e2e
 @pytest.mark.parametrize("point", ["save.begin", "save.after_file", "save.before_manifest"])
 def test_a_disk_that_fills_in_the_middle_of_a_save_costs_that_save_alone(tiny, disk, point):
-    env = {"LEVIATHAN_FAULT": f"{point}:0:10:sleep=2"}
-    process = start_leviathan("train", tiny, f"run.dir={disk}", *ALONE, "checkpoint.every=5", env=env)
+    env = {"LEVIATHAN_FAULT": f"{point}:0:100:sleep=2"}
+    process = start_leviathan("train", tiny, f"run.dir={disk}", *LONG, "checkpoint.max_failures=1000000", env=env)
     run = RunFolder(disk / "tiny")
-    draft = run.checkpoints / "step_000000010.draft-1-0"
-    wait_until(lambda: 10 in run.steps() if point == "save.begin" else (draft / "rank_00000.safetensors").exists())
+    file = run.checkpoints / "step_000000100.draft-1-0" / "rank_00000.safetensors"
+    wait_until(lambda: 100 in run.steps() if point == "save.begin" else file.exists())
     time.sleep(0.5)
     filler = fill(disk)
     wait_until(lambda: events(run, "save_failed") != [], seconds=20)
-    assert whole(run)[-1] == 5
+    assert whole(run) == [50]
     filler.unlink()
-    out, err = process.communicate(timeout=40)
-    assert process.returncode == 0, out + err
-    assert_told(run, 10, 5)
-    assert "checkpoint step 10 failed: " in events(run, "save_failed")[0]
-    assert whole(run)[0] == 20
-    assert list(run.steps()) == list(range(1, 21))
+    wait_until(lambda: run.committed_steps()[0] > 100)
+    interrupt(process)
+    assert_told(run, 100, 50)
+    assert events(run, "save_failed")[0].startswith("checkpoint step 100 failed: ")
+    last = whole(run)[0]
+    assert list(run.steps()) == list(range(1, last + 1))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +150,7 @@ def test_a_run_whose_last_state_found_no_room_is_not_done(tiny, disk):
     env = {"LEVIATHAN_FAULT": "step.before_forward:0:12:sleep=2"}
     process = start_leviathan("train", tiny, f"run.dir={disk}", *ALONE, "checkpoint.every=10", env=env)
     run = RunFolder(disk / "tiny")
-    wait_until(lambda: len(run.steps()) >= 12)
+    wait_until(lambda: len(run.steps()) >= 12 and steps_of(run, "checkpoint") == [10])
     filler = fill(disk)
     out, err = process.communicate(timeout=40)
     assert process.returncode == 70, out + err
