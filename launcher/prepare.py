@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,10 +89,9 @@ def prepare(
     if changes:
         folder.event("change", f"configuration changed: {_shown(changes)}", changes=changes)
     folder.make()
-    for target, source in copies.items():
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
+    for target, code in copies.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, code)
     facts = {"run_id": uuid.uuid4().hex, "name": name, "created": time.time()} if not folder.facts() else {}
     if origin is not None:
         facts["from"] = origin
@@ -171,12 +169,14 @@ def _check_options(mistakes: list[str], layers: Layers, key: tuple[str | int, ..
     except LeviathanError:
         raise
     except Exception as error:
-        mistakes.append(f"{layers.origin((*key, 'file'))}: the {kind} file {part.file} fails: {error}")
+        text = f"the options of the {kind} {part.name!r} cannot be checked ({type(error).__name__}: {error})"
+        mistakes.append(f"{layers.origin((*key, 'name'))}: {text.splitlines()[0]}")
 
 
 def changes_since(folder: RunFolder, config: RunConfig, allow: Sequence[str] = ()) -> Changes:
     """What a run's configuration has become since it began, key by key. Raises ConfigError for what must not change."""
-    old = load(RunConfig, [folder.config])
+    # the folder of a run may have been moved, so files are compared by their content's hash and their name alone
+    old, config = (_placed(c, lambda file: Path(*file.parts[-2:])) for c in (load(RunConfig, [folder.config]), config))
     differs = _difference(must_match(old), must_match(config))
     refused = {path: change for path, change in differs.items() if path not in allow}
     if refused:
@@ -204,22 +204,28 @@ def _show(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def own_mixers(config: RunConfig, folder: RunFolder) -> tuple[RunConfig, dict[Path, Path]]:
+def own_mixers(config: RunConfig, folder: RunFolder) -> tuple[RunConfig, dict[Path, bytes]]:
     """The configuration as the run folder has it: mixers of the user's own lie there, in a folder named by their
-    content, so that every node has them and a changed one is another mixer. Also what to copy: target to source."""
-    copies: dict[Path, Path] = {}
+    content, so that every node has them and a changed one is another mixer. Also what to write there, by path."""
+    copies: dict[Path, bytes] = {}
 
-    def place(part: PartConfig) -> PartConfig:
-        if part.file is None:
-            return part
-        source = Path(part.file)
-        digest = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
-        target = folder.path / "mixers" / digest / source.name
-        copies[target] = source
-        return part.model_copy(update={"file": str(target)})
+    def place(file: Path) -> Path:
+        code = file.read_bytes()
+        target = (folder.path / "mixers" / hashlib.sha256(code).hexdigest()[:8] / file.name).resolve()
+        copies[target] = code
+        return target
 
-    parts = {"mixers": tuple(place(part) for part in config.model.mixers), "channel": place(config.model.channel)}
-    return config.model_copy(update={"model": config.model.model_copy(update=parts)}), copies
+    return _placed(config, place), copies
+
+
+def _placed(config: RunConfig, place: Callable[[Path], Path]) -> RunConfig:
+    """The configuration with every file of the user's own where `place` says."""
+
+    def move(part: PartConfig) -> PartConfig:
+        return part if part.file is None else part.model_copy(update={"file": str(place(Path(part.file)))})
+
+    parts = {"mixers": tuple(map(move, config.model.mixers)), "channel": move(config.model.channel)}
+    return config.model_copy(update={"model": config.model.model_copy(update=parts)})
 
 
 def _origin(branch: str, runs: Path, folder: RunFolder) -> dict[str, Any]:
