@@ -32,6 +32,7 @@ from configs.errors import DataError
 from data_pipeline.files import fsync_folder, sha256_file
 from data_pipeline.manifest import ShardInfo, Split
 
+WRITE_BYTES = 4 << 20
 BLOCK_BYTES = 1 << 20
 HEADER_BYTES = 512
 INDEX = "__index__"
@@ -67,7 +68,8 @@ class ShardWriter:
         self.dtype = token_dtype(vocab)
         self.tokens = self.text_bytes = 0
         self._draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._file = open(self._draft, "w+b")  # noqa: SIM115 (closed by close or abort)
+        # a tar writes in small pieces, and what was written in small pieces is later mapped in small pieces: slowly
+        self._file = open(self._draft, "w+b", buffering=WRITE_BYTES)  # noqa: SIM115 (closed by close or abort)
         # fixed owner, mode and time, so that equal content gives equal bytes
         self._tar = webdataset.TarWriter(self._file, user="", group="", mode=0o444, mtime=0, encoder=False)
         self._names: list[str] = []
@@ -200,9 +202,11 @@ class Shard:
     def copy(self, start: int, stop: int, out: np.ndarray) -> None:
         """Copy tokens [start, stop) into `out`, converting to its type."""
         block, at = divmod(start, self._per_block)
-        first = self._view(block)[at : at + stop - start]
-        out[: len(first)] = first
+        view = self._tokens[block]
+        # nearly every row lies in one block that was read before: microseconds count
+        first = (self._view(block) if view is None else view)[at : at + stop - start]
         done = len(first)
+        out[:done] = first
         while done < stop - start:
             block += 1
             piece = self._view(block)[: stop - start - done]
