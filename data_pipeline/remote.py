@@ -38,6 +38,8 @@ MIN_TRIES = 4
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 20.0
 SAME_WRONG = 3
 """So often the same wrong content: it is what lies there, and no accident on the way."""
+ROOM_S = 30.0
+"""The longest wait for room that shards in use take."""
 GRACE_S = 2.0
 """How long a shard is safe after it was located: its reader is about to open it."""
 
@@ -162,13 +164,18 @@ class ShardCache:
                 f"shard {info.name} takes {human_bytes(info.bytes)}, but data.cache_gib allows"
                 f" {human_bytes(self._limit)}; raise it"
             )
-        while True:
+        deadline = time.monotonic() + ROOM_S
+        while time.monotonic() < deadline:
             with self._room_lock():
                 if self._make_room(info.bytes):
                     with open(draft, "wb") as file:
                         file.truncate(info.bytes)
                     return
             time.sleep(0.05)
+        raise DataError(
+            f"shard {info.name} found no room in {self._folder} within {ROOM_S:.0f} s, as all that data.cache_gib"
+            f" allows ({human_bytes(self._limit)}) is in use; raise it"
+        )
 
     def _make_room(self, need: int) -> bool:
         """Let files go until `need` more bytes fit; False when that must wait for shards that are just being used."""

@@ -204,16 +204,21 @@ class LocalRun:
         return f"{who} ended {where} with exit code {rank.code}; see {self._folder.log_of(rank.number)}"
 
     def _find_hang(self, heartbeats: Path, started: float) -> _End | None:
-        """The rank without a sign of life for longer than its phase may take; stacks of all are stored first."""
+        """The rank without a sign of life for longer than it may be; stacks of all are stored first."""
         beats = {rank.number: read_heartbeat(heartbeats, rank.number) for rank in self._ranks if rank.code is None}
+        # a rank within a step may only wait for one that still fetches its data: none is judged before the most patient
+        patience = max((self._limit(beat) for beat in beats.values()), default=0.0)
+        stopped = {number for number in beats if self._is_stopped(number)}
         oldest: tuple[float, int] | None = None
         for number, beat in beats.items():
             age = beat.age_s if beat else time.monotonic() - started
-            if age > self._limit(beat) and (oldest is None or age > oldest[0]):
+            limit = min(patience, self._launch.hang_s) if number in stopped else patience
+            if age > limit and (oldest is None or age > oldest[0]):
                 oldest = (age, number)
         if oldest is None:
             return None
-        number = self._most_suspect(beats, oldest[1])
+        # a stopped process hangs by itself; the others only wait for it
+        number = min(stopped, default=oldest[1])
         beat, rank = beats[number], self._ranks[number]
         for other in self._ranks:
             if other.code is None:
@@ -233,13 +238,10 @@ class LocalRun:
             return self._launch.start_s
         return max(self._launch.hang_s, 5 * beat.step_s)
 
-    def _most_suspect(self, beats: dict[int, Beat | None], default: int) -> int:
-        """A stopped process hangs by itself; the others only wait for it."""
-        for number in beats:
-            with contextlib.suppress(psutil.Error):
-                if psutil.Process(self._ranks[number].process.pid).status() == psutil.STATUS_STOPPED:
-                    return number
-        return default
+    def _is_stopped(self, number: int) -> bool:
+        with contextlib.suppress(psutil.Error):
+            return psutil.Process(self._ranks[number].process.pid).status() == psutil.STATUS_STOPPED
+        return False
 
     def _listen(self) -> None:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from configs.errors import ConfigError, DataError, UsageError
+from data_pipeline.places import public
 from launcher.screen import Bar, harmless, make_table, make_terminal, one_line
 from pretrain import mixer
 from pretrain.evaluate import HeldOut
@@ -63,7 +64,7 @@ def _heldout_rows(trained: Trained, rows: int | None) -> int:
     heldout = HeldOut(dataset.manifest, dataset.shards, list(config.data.sources), config.model.length, rows)
     if not heldout.rows:
         raise DataError(
-            f"the shards in {config.data.dir} hold no held-out text (data.heldout was {config.data.heldout});"
+            f"the shards in {public(config.data.dir)} hold no held-out text (data.heldout was {config.data.heldout});"
             " build them with data.heldout=0.01 in another data.dir"
         )
     return len(heldout.rows)

@@ -21,7 +21,7 @@ from pretrain import optim
 from pretrain.config import EngineConfig, OptimConfig
 from pretrain.faults import fault_point, poisoned
 from pretrain.models.language_model import LanguageModel, LossParts
-from pretrain.parallel import Ranks, seed_step, sum_over_ranks
+from pretrain.parallel import Ranks, alone, seed_step, sum_over_ranks
 
 PARAM = "param"
 
@@ -115,35 +115,44 @@ class Tally:
 
     def add(self, batch: Batch, loss_BT: Tensor) -> None:
         """Count in a micro-batch and the losses of its tokens."""
-        row_loss = loss_BT.sum(1, dtype=torch.float64)
-        self._sums[0] += row_loss.sum()
-        if self._sources > 1:
+        if self._sources == 1:
+            self._sums[0].add_(loss_BT.sum(dtype=torch.float64))
+        else:
+            row_loss = loss_BT.sum(1, dtype=torch.float64)
+            self._sums[0].add_(row_loss.sum())
             counted = (batch.targets_BT != IGNORE).sum(1, dtype=torch.float64)
             self._sums[1 : 1 + self._sources].index_add_(0, batch.source_B, row_loss)
             self._sums[1 + self._sources :].index_add_(0, batch.source_B, counted)
 
     def finish(self, count: float, grad_norm: float | None, tokens: int, votes: Votes) -> StepResult:
         """Sum over ranks and wait for the numbers. count: counted targets of the global batch."""
-        told = torch.tensor(votes(), dtype=torch.float64)
-        everything = torch.cat((self._sums, told.to(self._device)))
-        total, *rest = sum_over_ranks(everything).tolist()
+        told = votes()
+        if alone():
+            values: list[float] = [*self._sums.tolist(), *told]
+        else:
+            told_there = torch.tensor(told, dtype=torch.float64).to(self._device)
+            values = sum_over_ranks(torch.cat((self._sums, told_there))).tolist()
+        total, rest = values[0], values[1:]
         sums, counts = rest[: self._sources], rest[self._sources : 2 * self._sources]
-        by_source = [s / c if c else None for s, c in zip(sums, counts)] if self._sources > 1 else [total / count]
+        by_source: list[float | None] = [total / count]
+        if self._sources > 1:
+            by_source = [s / c if c else None for s, c in zip(sums, counts)]
         return StepResult(total / count, grad_norm, grad_norm is None, tokens, by_source, rest[2 * self._sources :])
 
 
-def global_count(batches: Sequence[Batch], device: torch.device) -> Tensor:
-    """Counted targets of the global batch, a scalar on `device`."""
-    count = torch.tensor(float(sum(batch.count for batch in batches)), dtype=torch.float64, device=device)
-    return sum_over_ranks(count)
+def global_count(batches: Sequence[Batch], device: torch.device) -> Tensor | float:
+    """Counted targets of the global batch: a scalar on `device`, or a number where there is nobody to ask."""
+    count = float(sum(batch.count for batch in batches))
+    return count if alone() else sum_over_ranks(torch.tensor(count, dtype=torch.float64, device=device))
 
 
-def scaled(total: Tensor, scale: Tensor, step: int) -> Tensor:
+def scaled(total: Tensor, scale: Tensor | float, step: int) -> Tensor:
     """The summed loss times `scale`, or NaN where the loss is not finite: then no gradient is finite either, on no
     rank, and every engine skips the step by the rule for gradients."""
     if poisoned(step):
         total = total * torch.nan
-    return total * torch.where(torch.isfinite(total.detach()), scale, torch.nan).to(total.dtype)
+    # 0 times a number that is not finite is NaN, and 0 otherwise: one operation where a comparison takes several
+    return total * (0.0 * total.detach() + scale).to(total.dtype)
 
 
 class TorchEngine:
@@ -180,7 +189,7 @@ class TorchEngine:
             tally.add(batch, parts.loss_BT)
         fault_point("step.before_update", step)
         grad_norm = self._update(lr_scale)
-        return tally.finish(count.item(), grad_norm, sum(batch.tokens_BT.numel() for batch in batches), votes)
+        return tally.finish(float(count), grad_norm, sum(batch.tokens_BT.numel() for batch in batches), votes)
 
     def _update(self, lr_scale: float) -> float | None:
         """Clip and update; return the gradient's norm, or None where it is not finite and nothing was done."""

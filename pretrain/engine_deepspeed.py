@@ -116,7 +116,7 @@ class DeepSpeedEngine:
         if self._own_clip is None:
             grad_norm = self._their_norm()
         self._updates += grad_norm is not None
-        return tally.finish(count.item(), grad_norm, sum(batch.tokens_BT.numel() for batch in batches), votes)
+        return tally.finish(float(count), grad_norm, sum(batch.tokens_BT.numel() for batch in batches), votes)
 
     def _own_norm(self) -> float | None:
         """Clip, or drop every gradient where the norm is not finite: an optimizer without gradients does nothing."""

@@ -63,23 +63,25 @@ class Meter:
         peak_flops_per_s: float | None = None, memory_mib: Callable[[], float] = resident_mib,
     ) -> None:  # fmt: skip
         """tokens_per_step: of the global batch. flops_per_token: of training, forward and backward.
-        peak_flops_per_s: of all devices together; None leaves MFU out. memory_mib: asked once a step."""
+        peak_flops_per_s: of all devices together; None leaves MFU out. memory_mib: asked once a second."""
         self._attempt, self._sources, self._tokens = attempt, sources, tokens_per_step
         self._mfu_per_rate = flops_per_token / peak_flops_per_s if peak_flops_per_s else None
-        self._memory_mib = memory_mib
+        self._memory_mib, self._memory, self._asked = memory_mib, 0.0, 0.0
         self._recent_s: deque[float] = deque(maxlen=WINDOW_STEPS)
 
     def row(self, step: int, result: StepResult, lr: float, step_s: float, data_s: float) -> Record:
         """The line of a completed step. step: completed steps, from 1. step_s: the whole step, data_s of it waiting
         for data. Tokens per second is over the last `WINDOW_STEPS` steps of this attempt."""
         self._recent_s.append(step_s)
-        rate = self._tokens * len(self._recent_s) / max(sum(self._recent_s), 1e-9)
+        rate, now = self._tokens * len(self._recent_s) / max(sum(self._recent_s), 1e-9), time.time()
+        if abs(now - self._asked) >= 1.0:
+            self._memory, self._asked = self._memory_mib(), now
         return {
-            "step": step, "attempt": self._attempt, "time": time.time(), "loss": result.loss, "lr": lr,
+            "step": step, "attempt": self._attempt, "time": now, "loss": result.loss, "lr": lr,
             "grad_norm": result.grad_norm, "skipped": result.skipped, "tokens": step * self._tokens,
             "tokens_per_s": rate, "step_s": step_s, "data_s": data_s,
             "mfu": None if self._mfu_per_rate is None else rate * self._mfu_per_rate,
-            "memory_mib": self._memory_mib(),
+            "memory_mib": self._memory,
             "source_loss": {n: loss for n, loss in zip(self._sources, result.source_loss) if loss is not None},
         }  # fmt: skip
 

@@ -54,6 +54,11 @@ def seed_step(seed: int, step: int, rank: int) -> None:
         torch.cuda.manual_seed(value)
 
 
+def alone() -> bool:
+    """Whether there is no other rank to ask."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """`values` summed over all ranks; untouched where there is one rank."""
     return _reduce(values, dist.ReduceOp.SUM)
@@ -65,7 +70,7 @@ def min_over_ranks(values: Tensor) -> Tensor:
 
 
 def _reduce(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if alone():
         return values
     # NCCL knows no host memory
     shared = values.cuda() if _on_cuda() and not values.is_cuda else values
@@ -75,7 +80,7 @@ def _reduce(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
 
 def same_on_all_ranks(numbers: list[int]) -> list[int]:
     """Rank 0's list of whole numbers, on every rank."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if alone():
         return numbers
     device = "cuda" if _on_cuda() else "cpu"
     count = torch.tensor([len(numbers)], device=device)

@@ -14,6 +14,7 @@ from configs.errors import ConfigError, DataError
 from data_pipeline.dataset import open_dataset
 from data_pipeline.loader import Loader, check_divides
 from data_pipeline.order import Order
+from data_pipeline.places import public
 from pretrain import metrics
 from pretrain.checkpoint import CheckpointStore
 from pretrain.checkpoint_files import Checkpoint, newest_readable, open_files
@@ -174,7 +175,7 @@ class Session:
         stated = known.get("data_fingerprint", manifest.fingerprint)
         if stated != manifest.fingerprint:
             raise DataError(
-                f"{self.config.data.dir} holds other shards than this run began with (fingerprint"
+                f"{public(self.config.data.dir)} holds other shards than this run began with (fingerprint"
                 f" {manifest.fingerprint[:12]}…, the run has {stated[:12]}…); give data.dir the old ones, or"
                 " start a new run"
             )
@@ -191,8 +192,9 @@ class Session:
         held = sum(self.dataset.manifest.total("tokens", name, "heldout") for name in self.sources)
         if self.config.eval.every and held < 2:
             raise ConfigError(
-                f"eval.every is {self.config.eval.every}, but the shards in {self.config.data.dir} hold no held-out"
-                f" text (data.heldout was {self.config.data.heldout}); set eval.every=0, or build with some held out"
+                f"eval.every is {self.config.eval.every}, but the shards in {public(self.config.data.dir)} hold no"
+                f" held-out text (data.heldout was {self.config.data.heldout}); set eval.every=0, or build with some"
+                " held out"
             )
 
     # ---- parts

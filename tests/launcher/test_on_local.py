@@ -1,0 +1,86 @@
+"""The supervisor's judgement of who hangs, over real processes and real heartbeats."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from launcher.config import LaunchConfig
+from launcher.on_local import LocalRun, _Rank
+from pretrain.health import PHASES, heartbeat_file
+from pretrain.run_folder import RunFolder
+from tests.conftest import wait_until
+
+HANG_S, START_S = 2.0, 60.0
+
+
+@pytest.fixture
+def run(tmp_path) -> Iterator[LocalRun]:
+    """Two ranks that do nothing, watched."""
+    folder = RunFolder(tmp_path / "run")
+    folder.make()
+    local = LocalRun(folder, LaunchConfig(ranks=2, hang_s=HANG_S, start_s=START_S), lambda: None)
+    script = "import signal, time; signal.signal(signal.SIGUSR2, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    for number in range(2):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        local._ranks.append(_Rank(number, process))
+    yield local
+    for rank in local._ranks:
+        rank.process.kill()
+        rank.process.wait()
+        rank.process.stdout.close()
+
+
+def beat(folder, rank, phase, age_s, step_s=0.1):
+    """A heartbeat as a rank would have left it `age_s` ago."""
+    record = struct.pack("<dqqq", time.monotonic() - age_s, 7, PHASES.index(phase), int(step_s * 1e6))
+    heartbeat_file(folder, rank).write_bytes(record)
+
+
+def judged(run, tmp_path, first, second):
+    for rank, (phase, age_s) in enumerate((first, second)):
+        beat(tmp_path, rank, phase, age_s)
+    return run._find_hang(tmp_path, time.monotonic() - 100)
+
+
+def test_steps_that_last_too_long_are_a_hang(run, tmp_path):
+    end = judged(run, tmp_path, ("step", 4.0), ("step", 3.0))
+    assert "rank 0 (pid" in end.cause
+    assert "no progress for 4 s (last: step of step 7)" in end.cause
+    assert judged(run, tmp_path, ("step", 1.0), ("step", 1.5)) is None
+
+
+def test_five_usual_steps_are_no_hang(run, tmp_path):
+    for rank in range(2):
+        beat(tmp_path, rank, "step", 4.0, step_s=1.0)
+    assert run._find_hang(tmp_path, time.monotonic()) is None
+
+
+@pytest.mark.parametrize("phase", ["data", "save", "evaluate", "restore"])
+def test_a_rank_that_waits_for_one_that_fetches_or_saves_does_not_hang(run, tmp_path, phase):
+    assert judged(run, tmp_path, ("step", 30.0), (phase, 30.0)) is None
+    end = judged(run, tmp_path, ("step", 70.0), (phase, 71.0))
+    assert f"rank 1 (pid {run._ranks[1].process.pid}" in end.cause
+    assert f"(last: {phase} of step 7)" in end.cause
+
+
+def test_a_stopped_process_is_found_soon_whatever_it_was_doing(run, tmp_path):
+    pid = run._ranks[1].process.pid
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: run._is_stopped(1), 5)
+    assert judged(run, tmp_path, ("step", 1.0), ("data", 1.0)) is None
+    assert f"rank 1 (pid {pid}" in judged(run, tmp_path, ("step", 3.0), ("data", 3.0)).cause
+
+
+def test_a_rank_that_never_gives_a_sign_of_life_is_found(run, tmp_path):
+    assert run._find_hang(tmp_path, time.monotonic() - START_S + 5) is None
+    assert "it never began" in run._find_hang(tmp_path, time.monotonic() - START_S - 1).cause
