@@ -45,10 +45,11 @@ def table(record: Mapping[str, Any]) -> str:
 
 
 def main() -> int:
-    """Take over what results.jsonl has, and write the page anew."""
-    records = read(KEPT) | read(RESULTS)
+    """Take over what results.jsonl has of the tables that the page shows, and write it anew."""
+    page = PAGE.read_text()
+    records = {key: r for key, r in (read(KEPT) | read(RESULTS)).items() if f"<!-- table: {key} -->" in page}
     KEPT.write_text("".join(json.dumps(records[key]) + "\n" for key in sorted(records)))
-    PAGE.write_text(filled(PAGE.read_text(), tables(records)))
+    PAGE.write_text(filled(page, tables(records)))
     return 0
 
 

@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--mixer", choices=["attention", "correlation"], default="attention")
-    parser.add_argument("--blocks", type=int, default=None, help="paired blocks (default 30; 10 for 10m)")
+    parser.add_argument("--blocks", type=int, default=None, help="paired blocks (default 60; 10 for 10m)")
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default=None, help="as a run trains there; default: paired arms on the CPU"
     )
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> Table:
 
 def _overheads(table: Table, options: argparse.Namespace, folder: Path) -> None:
     """Fixed cost per step, in milliseconds, where a step is so small that it shows."""
-    blocks, steps = options.blocks or 30, 60
+    blocks, steps = options.blocks or 60, 60
     pairs = _paired("torch", options, folder / "t", blocks, steps)
     _report(table, "our loop, torch engine, over a bare torch loop", pairs, steps, goal=0.5)
     for stage in (0, 1, 2):

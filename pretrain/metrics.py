@@ -51,8 +51,7 @@ CHUNK, FULL, FIRST, LAST = struct.Struct("<IHB"), 1, 2, 4
 
 def resident_mib() -> float:
     """Memory that this process holds in RAM, in MiB."""
-    with open("/proc/self/statm", "rb", buffering=0) as file:
-        return int(file.read(128).split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return int(Path("/proc/self/statm").read_bytes().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 class Meter:
