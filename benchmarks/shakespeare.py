@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -35,7 +36,7 @@ MIXERS = ("correlation", "attention")
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
-    parser.add_argument("--file", type=Path, default=Path("../shared/data/tinyshakespeare.txt"))
+    parser.add_argument("--file", type=Path, default=Path("tinyshakespeare.txt"), help="1,115,394 characters of it")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--branches", type=float, default=1.0, help="factor on the first values that end a branch")
@@ -43,6 +44,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Table:
     """Train every mixer with every seed and return the table."""
+    if not options.file.is_file():
+        sys.exit(f"there is no {options.file}; name the text with --file")
     torch.set_num_threads(1)
     scaled = f", branches x{options.branches:g} at first" if options.branches != 1.0 else ""
     table = Table(f"tinyshakespeare, bytes, {options.steps} steps{scaled}: held-out loss in nats per byte")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,6 +118,19 @@ def start_leviathan(
         text=True,
         start_new_session=True,
     )
+
+
+@contextlib.contextmanager
+def tmpfs(place: Path, size: str) -> Iterator[Path]:
+    """A file system of its own, of a size that `mount` understands; skips where nobody may mount one."""
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from pretrain.checkpoint_files import verify
 from pretrain.run_folder import RunFolder, read_lines
-from tests.conftest import events, leviathan, start_leviathan, wait_until
+from tests.conftest import events, leviathan, start_leviathan, tmpfs, wait_until
 
 ALONE = ("engine.name=torch", "--ranks", 1, "checkpoint.keep_last=2")
 LONG = (*ALONE, "train.steps=1000000", "checkpoint.every=50", "eval.every=25", "eval.rows=4")
@@ -26,15 +26,8 @@ NOT_ENOUGH = 150_000
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 4 MiB: some checkpoints of 128 kB and thousands of lines of metrics."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    try:
+    with tmpfs(tmp_path / "disk", "4m") as place:
         yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def fill(disk: Path) -> Path:

@@ -22,7 +22,7 @@ from data_pipeline.dataset import open_dataset
 from launcher.prepare import resolve
 from pretrain.lease import Lease
 from pretrain.run_folder import RunFolder, append_line
-from tests.conftest import ROOT, Done, leviathan
+from tests.conftest import ROOT, Done, leviathan, tmpfs
 from tests.small_run import small_config, train_small
 
 CODES = (2, 65, 78)
@@ -340,15 +340,8 @@ def test_shards_of_another_tokenizer_than_configured_are_refused(config):
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 128 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "none", str(place)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    try:
+    with tmpfs(tmp_path / "disk", "128k") as place:
         yield place
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 @pytest.mark.parametrize("verb", ["check", "train"])
