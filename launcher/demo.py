@@ -53,7 +53,7 @@ def main() -> int:
                      "--temperature", "0.8", "--seed", "1", keep=True)  # fmt: skip
         killed.event("sample", "what it writes", prompt=PROMPT, text=text.removeprefix(PROMPT), step=steps)
         _part(screen, "6. the report", "report", "demo", "--out", "report.html")
-    except DemoFailedError as error:
+    except LeviathanError as error:
         screen.print(f"[bold red]{error}[/bold red]")
         return error.exit_code
     screen.print(Rule())
@@ -88,7 +88,7 @@ def _prove(screen: Console, killed: RunFolder, control: RunFolder, steps: int) -
         raise DemoFailedError("no rank died: there is nothing to prove (see runs/demo/events.jsonl)")
     a, b = ({step: row["loss"].hex() for step, row in run.steps().items()} for run in (killed, control))
     if len(a) != steps or a != b:
-        first = next((step for step in range(1, steps + 1) if a.get(step) != b.get(step)), None)
+        first = next((step for step in range(1, steps + 1) if a.get(step) is None or a.get(step) != b.get(step)), None)
         raise DemoFailedError(f"the losses differ from the control's, first at step {first}")
     states = [_final_state(run, steps) for run in (killed, control)]
     if states[0] != states[1]:

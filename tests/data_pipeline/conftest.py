@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from configs.errors import LeviathanError
 from data_pipeline.config import DataConfig, SourceConfig
+from tests.data_pipeline.store import Store, many_shards
 
 Text = Callable[[int, int], str]
 
@@ -61,3 +62,16 @@ def says() -> Callable[..., None]:
             assert word in text, f"{word!r} is not in {text!r}"
 
     return check
+
+
+@pytest.fixture(scope="module")
+def folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of many small shards."""
+    return many_shards(corpus, tmp_path_factory.mktemp("many"))
+
+
+@pytest.fixture
+def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """The same folder behind a web server that fails as it is told."""
+    with Store(folder).running(monkeypatch) as store:
+        yield store

@@ -19,20 +19,9 @@ from data_pipeline.inspect_shards import load_manifest
 from data_pipeline.remote import ShardCache
 from data_pipeline.shards import Shard
 from tests.conftest import wait_until
-from tests.data_pipeline.store import Store, batches_of, data_of, digest_of, left_over, many_shards
+from tests.data_pipeline.store import Store, batches_of, data_of, digest_of, left_over
 
 ROOMY = 1 << 30
-
-
-@pytest.fixture(scope="module")
-def folder(corpus, tmp_path_factory):
-    return many_shards(corpus, tmp_path_factory.mktemp("many"))
-
-
-@pytest.fixture
-def server(folder, monkeypatch):
-    with Store(folder).running(monkeypatch) as store:
-        yield store
 
 
 def test_the_same_batches_come_from_afar_as_from_here_and_a_shard_comes_once(server, folder, corpus, tmp_path):

@@ -17,12 +17,10 @@ from data_pipeline.remote import ShardCache
 from data_pipeline.shards import Shard
 from tests.conftest import ROOT, wait_until
 from tests.data_pipeline.store import (
-    Store,
     batches_of,
     data_of,
     digest_of,
     left_over,
-    many_shards,
     open_though_gone,
     room,
 )
@@ -30,17 +28,6 @@ from tests.data_pipeline.store import (
 ROOMY = 1 << 30
 READER = """import sys; from tests.data_pipeline.store import DataConfig, digest_of
 print(digest_of(DataConfig.model_validate_json(sys.argv[1]), 60))"""
-
-
-@pytest.fixture(scope="module")
-def folder(corpus, tmp_path_factory):
-    return many_shards(corpus, tmp_path_factory.mktemp("many"))
-
-
-@pytest.fixture
-def server(folder, monkeypatch):
-    with Store(folder).running(monkeypatch) as store:
-        yield store
 
 
 @pytest.fixture
