@@ -63,6 +63,8 @@ class TokenMixer(nn.Module, ABC):
     """Pieces run one after the other with a state give what the whole gives."""
     isolates: ClassVar[bool] = True
     """Documents packed in one row cannot see each other."""
+    rounding: bool = False
+    """Whether an output may change by rounding when a later token does, as an FFT's do; else not by a bit."""
 
     @abstractmethod
     def forward(self, x_BTD: Tensor, layout: Layout, state: State = None) -> tuple[Tensor, State]:

@@ -26,6 +26,7 @@ from tests.contract.cases import (
 )
 
 EXACT, STREAM = 1e-12, 1e-10
+ROUNDING = 1e-10
 over_mixers = pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
 
 
@@ -37,8 +38,13 @@ def test_a_later_token_changes_nothing_before_it_and_something_from_it_on(name, 
         changed = ids.clone()
         changed[0, t:] = (changed[0, t:] + 1) % VOCAB
         after = model.logits(changed, layout)
-        assert torch.equal(after[0, :t], before[0, :t])
+        assert (after[0, :t] - before[0, :t]).abs().max() <= _slack(model)
         assert (after[0, t:] - before[0, t:]).abs().amax(-1).min() > 0
+
+
+def _slack(model):
+    """How far an output may be moved by what it must not see: not at all, unless a mixer says that it rounds."""
+    return ROUNDING if any(getattr(module, "rounding", False) for module in model.modules()) else 0.0
 
 
 @over_mixers
@@ -46,7 +52,7 @@ def test_no_gradient_flows_from_an_output_to_a_later_input(name, options):
     mix, x = make_mixer(name, options), noise(1, LENGTH, WIDTH).requires_grad_()
     y, _ = mix(x, Layout.single(1, LENGTH))
     (grad,) = torch.autograd.grad(y[0, 20].sum(), x)
-    assert torch.count_nonzero(grad[0, 21:]) == 0
+    assert grad[0, 21:].abs().max() <= _slack(mix)
     assert torch.count_nonzero(grad[0, :21]) > 0
 
 
