@@ -25,7 +25,7 @@ from pretrain.config import EngineConfig, ModelConfig, OptimConfig, PartConfig
 from pretrain.engine import TorchEngine
 from pretrain.evaluate import HeldOut, evaluate
 from pretrain.init import initialise
-from pretrain.models.language_model import build
+from pretrain.models.build import build
 from pretrain.optim import lr_scale
 from pretrain.parallel import Ranks
 

@@ -34,7 +34,8 @@ from pretrain.engine import TorchEngine
 from pretrain.health import Heartbeat, StopRequests
 from pretrain.init import initialise
 from pretrain.log import Log
-from pretrain.models.language_model import LanguageModel, build
+from pretrain.model import Model
+from pretrain.models.build import build
 from pretrain.parallel import Ranks, finish
 from pretrain.run_folder import RunFolder
 from pretrain.trainer import Plan, train
@@ -95,7 +96,7 @@ def _large(table: Table, options: argparse.Namespace, folder: Path) -> None:
     shape, model = SIZES[options.size], _model(options)
     tokens = shape.rows * shape.length
     causal = cost_of(model).flops_per_token
-    blocks_of: list[Any] = list(model.blocks)
+    blocks_of: list[Any] = list(model.segments())
     halved = 3 * sum(block.mixer.halved_flops_per_token(shape.length) for block in blocks_of)
     rate = interval([(causal + halved) * tokens / s for s in ours])
     limit = _matmul_rate(shape, tokens)
@@ -121,7 +122,7 @@ def _report(table: Table, name: str, pairs: list[tuple[float, float]], steps: in
     table.add(name, over.median, "ms a step", goal=goal, spread=over, note=f"(bare: {bare.median:.2f} ms)")
 
 
-def _model(options: argparse.Namespace) -> LanguageModel:
+def _model(options: argparse.Namespace) -> Model:
     model = build(model_config(options.size, options.mixer), VOCAB).to_empty(device="cpu")
     initialise(model, 0)
     return model

@@ -14,7 +14,7 @@ from pretrain.config import EngineConfig, OptimConfig
 from pretrain.cost import cost_of, peak_flops
 from pretrain.engine_deepspeed import DeepSpeedEngine
 from pretrain.init import initialise
-from pretrain.models.language_model import build
+from pretrain.models.build import build
 
 
 def run_device(options: argparse.Namespace) -> Table:

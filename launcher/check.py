@@ -27,7 +27,8 @@ from launcher.screen import cores, make_facts, make_table, make_terminal, told
 from pretrain.activations import activation_bytes
 from pretrain.config import RunConfig, micro_rows, total_steps
 from pretrain.cost import cost_of, training_bytes
-from pretrain.models.language_model import LanguageModel, build
+from pretrain.model import Model
+from pretrain.models.build import build
 from pretrain.optim import STATE_KEYS, lr_scale, param_groups
 from pretrain.plots import short_number
 from pretrain.run_folder import RunFolder
@@ -104,7 +105,7 @@ def _vocab(config: RunConfig, dataset: Dataset | None) -> int:
     return int(spec.partition(":")[2]) if tokenizers.is_trained(spec) else tokenizers.make(spec, []).vocab
 
 
-def _model(config: RunConfig, vocab: int) -> LanguageModel:
+def _model(config: RunConfig, vocab: int) -> Model:
     """The model without memory. A mixer file of the user's own may raise anything; that is a mistake of its author."""
     try:
         return build(config.model, vocab)
@@ -114,7 +115,7 @@ def _model(config: RunConfig, vocab: int) -> LanguageModel:
         raise ConfigError(f"the model cannot be built ({type(error).__name__}: {error}); see its mixers") from None
 
 
-def _about_model(config: RunConfig, model: LanguageModel) -> Table:
+def _about_model(config: RunConfig, model: Model) -> Table:
     cost, shape = cost_of(model), config.model
     blocks = [shape.mixers[layer % len(shape.mixers)].name for layer in range(shape.depth)]
     table = make_facts("model")
@@ -137,7 +138,7 @@ def _runs(names: list[str]) -> str:
     return ", ".join(names)
 
 
-def _about_memory(found: Findings, config: RunConfig, model: LanguageModel, world: int) -> Table:
+def _about_memory(found: Findings, config: RunConfig, model: Model, world: int) -> Table:
     """What one rank holds, beside what this machine has."""
     engine, rows = config.engine, micro_rows(config, world)
     state = training_bytes(cost_of(model).parameters, engine, world)
@@ -253,7 +254,7 @@ def _check_device(found: Findings, config: RunConfig, world: int) -> None:
         )
 
 
-def _about_disk(found: Findings, config: RunConfig, model: LanguageModel, folder: RunFolder) -> Table:
+def _about_disk(found: Findings, config: RunConfig, model: Model, folder: RunFolder) -> Table:
     """The size of a checkpoint beside what the disk has."""
     size = sum(
         4 * parameter.numel() * (1 + len(STATE_KEYS[group["kind"]]))

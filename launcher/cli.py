@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 data = typer.Typer(invoke_without_command=True, help="Build shards, check them, look into them, ask what a step read.")
+mixers = typer.Typer(invoke_without_command=True, help="List all token mixers; certify them; begin one of your own.")
 
 PREPARE, TRAIN, USE = "Before a run", "Runs", "Trained models"
 Words = Annotated[
@@ -122,12 +123,41 @@ def check(words: Words, ranks: Ranks = None) -> None:
     check_run(files, values, ranks)
 
 
-@app.command(rich_help_panel=PREPARE)
-def mixers() -> None:
-    """List all token mixers: equation, source, cost, state, and what each promises."""
-    from launcher.texts import list_mixers
+app.add_typer(mixers, name="mixers", rich_help_panel=PREPARE)
 
-    list_mixers()
+
+@mixers.callback()
+def mixers_list(context: typer.Context) -> None:
+    """List all token mixers: equation, source, cost, state, and what each promises."""
+    if context.invoked_subcommand is None:
+        from launcher.mixers import list_mixers
+
+        list_mixers()
+
+
+@mixers.command("check")
+def mixers_check(
+    mixer: Annotated[str | None, typer.Argument(metavar="NAME | FILE", help="A mixer, or a .py file of yours.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every mixer that comes along, a row each.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines: a list of verdicts.")] = False,
+) -> None:
+    """Certify a mixer: try every promise with its default options, and exit 1 if one is broken."""
+    if (mixer is None) != every:
+        raise UsageError("`leviathan mixers check` takes one NAME or FILE, or --all; give one of them")
+    from launcher.mixers import check_all, check_mixer
+
+    if mixer is None:
+        check_all(as_json=as_json)
+    else:
+        check_mixer(mixer, as_json=as_json)
+
+
+@mixers.command("new")
+def mixers_new(name: Annotated[str, typer.Argument(metavar="NAME", help="For example my_mixer.")]) -> None:
+    """Write NAME.py, a small mixer that works, and NAME.yaml, which trains it; then edit."""
+    from launcher.mixers import new_mixer
+
+    new_mixer(name)
 
 
 @app.command(rich_help_panel=TRAIN)

@@ -17,11 +17,12 @@ from pathlib import Path
 
 from configs.errors import UsageError
 from configs.load import load
-from launcher.texts import SHOWN_SITE, mixer_facts, size_text
+from launcher.mixers import SHOWN_SITE, certificate, mark, mixer_facts, score, size_text
 from pretrain import mixer
+from pretrain.certificate.issue import PROMISES
 from pretrain.config import RunConfig
 from pretrain.cost import cost_of
-from pretrain.models.language_model import build
+from pretrain.models.build import build
 from pretrain.plots import short_number
 
 ROOT = Path(__file__).parents[1]
@@ -40,18 +41,32 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def mixers() -> str:
-    """Every mixer: what it is, what it costs, what it promises and the contract tests hold."""
+    """Every mixer: what it is, what it costs, what it promises, and how much of its certificate it keeps."""
     rows = []
     for name in mixer.REGISTRY.names():
         facts = mixer_facts(name)
         kept = [promise for promise, held in facts.promises.items() if held]
         rows.append([f"`{name}`", facts.what, short_number(facts.parameters), short_number(facts.flops_per_token),
-                     size_text(facts.state_bytes), ", ".join(kept)])  # fmt: skip
-    table = markdown(["mixer", "what it is", ">parameters", ">FLOPs a token", ">decoding state", "held by tests"], rows)
+                     size_text(facts.state_bytes), ", ".join(kept), score(certificate(name))])  # fmt: skip
+    table = markdown(["mixer", "what it is", ">parameters", ">FLOPs a token", ">decoding state", "promises",
+                      ">certificate"], rows)  # fmt: skip
     return (
         f"{table}\n\nOne layer of width {SHOWN_SITE.width}, rows of {SHOWN_SITE.length:,} tokens, default options;"
         " forward pass, a multiply-add is 2; state in bf16 after a whole row."
     )
+
+
+def certificates() -> str:
+    """Every mixer's certificate: a row each, a column a promise."""
+    names = mixer.REGISTRY.names()
+    rows = [[f"`{name}`", *map(mark, certificate(name)), score(certificate(name))] for name in names]
+    return markdown(["mixer", *(promise.name for promise in PROMISES), ">kept"], rows)
+
+
+def promises() -> str:
+    """What each promise is, and the flag that takes it back."""
+    rows = [[promise.name, promise.says, f"`{promise.flag}`" if promise.flag else ""] for promise in PROMISES]
+    return markdown(["promise", "is", "asked for by"], rows)
 
 
 def models() -> str:
@@ -78,7 +93,9 @@ def files() -> str:
     return markdown(["file", "what it says of itself"], rows)
 
 
-TABLES: Tables = {"mixers": mixers, "models": models, "files": files}
+TABLES: Tables = {
+    "mixers": mixers, "certificates": certificates, "promises": promises, "models": models, "files": files,
+}  # fmt: skip
 
 
 def filled(text: str, tables: Tables = TABLES) -> str:

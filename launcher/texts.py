@@ -1,13 +1,11 @@
-"""`leviathan eval | generate | report | mixers`: what a trained model is worth, what it writes, what it is made of."""
+"""`leviathan eval | generate | report`: what a trained model is worth, what it writes, what became of a run."""
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from rich.table import Table
@@ -15,19 +13,14 @@ from rich.text import Text
 
 from configs.errors import ConfigError, DataError, UsageError
 from data_pipeline.places import public
-from launcher.screen import Bar, harmless, make_table, make_terminal, one_line
-from pretrain import mixer
+from launcher.screen import Bar, harmless, make_table, make_terminal
 from pretrain.evaluate import HeldOut
 from pretrain.generate import Sampling, generate
-from pretrain.mixer import Site, TokenMixer
-from pretrain.plots import short_number
 from pretrain.report import write_report
 from pretrain.run_folder import Record, RunFolder, append_line
 from pretrain.trained import Trained, evaluate_trained, load_trained
 
 Device = Literal["auto", "cpu", "cuda"]
-SHOWN_SITE = Site(width=768, length=1024, layer=0, depth=12)
-_ARXIV = re.compile(r"arXiv[: ](\d{4}\.\d{4,5})")
 
 
 # ---- what it is worth
@@ -129,98 +122,6 @@ def report_runs(runs: list[str], out: Path | None) -> None:
         raise UsageError(f"--out {out} is no file in a folder that is there; name one, for example report.html")
     write_report(folders, out)
     make_terminal().print(f"wrote {out}", soft_wrap=True)
-
-
-# ---- what it is made of
-
-
-@dataclass(frozen=True)
-class MixerFacts:
-    """One row of the table of mixers, all of it asked of the mixer itself at SHOWN_SITE with its default options."""
-
-    name: str
-    what: str
-    equation: str
-    source: str
-    parameters: int
-    flops_per_token: int
-    state_bytes: int
-    promises: dict[str, bool]
-
-
-def mixer_facts(name: str, site: Site = SHOWN_SITE) -> MixerFacts:
-    """What a mixer of the registry says of itself."""
-    entry = mixer.REGISTRY.entry(name)
-    part: Any = entry.part
-    with torch.device("meta"):
-        built: TokenMixer = mixer.make(name, {}, site)
-    text = sys.modules[part.__module__].__doc__ or ""
-    return MixerFacts(
-        name,
-        _first_sentence(text),
-        _equation(text),
-        _source(text),
-        sum(parameter.numel() for parameter in built.parameters()),
-        built.flops_per_token(site.length),
-        built.state_bytes(site.length),
-        {promise: bool(getattr(part, promise)) for promise in ("causal", "streams", "isolates")},
-    )
-
-
-def list_mixers() -> None:
-    """Print the table of all token mixers."""
-    terminal, site = make_terminal(), SHOWN_SITE
-    title = f"one layer of width {site.width}, rows of {site.length:,} tokens, default options"
-    table = make_table("mixer", "what it is", ">parameters", ">FLOPs/token", ">state", "promises", title=title)
-    for name in mixer.REGISTRY.names():
-        try:
-            facts = mixer_facts(name)
-        except (ImportError, ConfigError) as error:
-            table.add_row(Text(name, style="bold"), Text(f"not usable here: {error}", style="yellow"))
-            continue
-        about = Text(facts.what)
-        if facts.equation:
-            about.append(f"\n{facts.equation}", style="cyan")
-        if facts.source:
-            about.append(f"\n{facts.source}", style="dim")
-        about.append("\n")
-        kept = [promise if held else f"not {promise}" for promise, held in facts.promises.items()]
-        table.add_row(
-            Text(name, style="bold"), about, short_number(facts.parameters), short_number(facts.flops_per_token),
-            size_text(facts.state_bytes), "\n".join(kept),
-        )  # fmt: skip
-    terminal.print(table)
-    terminal.print(
-        "\nFLOPs of a forward pass, a multiply-add is 2; state: bytes (bf16) that decoding keeps after a whole row.\n"
-        "Use one with model.mixers='[{name: NAME}]'; its options are in configs/mixers/NAME.yaml.",
-        style="dim",
-    )
-
-
-def _first_sentence(text: str) -> str:
-    paragraph = " ".join(text.strip().split("\n\n")[0].split())
-    found = re.match(r"(.*?[.:])(?:\s|$)", paragraph)
-    return (found[1] if found else paragraph).rstrip(":.") + "."
-
-
-def _equation(text: str) -> str:
-    """The first indented lines of a docstring: its equation."""
-    block = re.search(r"(?:^ {4}\S.*\n?)+", text, re.MULTILINE)
-    return "\n".join(line.strip() for line in block[0].splitlines()) if block else ""
-
-
-def _source(text: str) -> str:
-    """Where the equation is from: what the docstring names as its source, or the first paper it cites."""
-    stated = re.search(r"^Source: (.+?)(?:\n\n|\Z)", text, re.MULTILINE | re.DOTALL)
-    if stated is not None:
-        return one_line(stated[1], 160)
-    paper = _ARXIV.search(text)
-    return f"arXiv {paper[1]}" if paper and paper[0] not in _first_sentence(text) else ""
-
-
-def size_text(count: int) -> str:
-    """Bytes in KiB or MiB."""
-    return f"{count / 1024:,.0f} KiB" if count < 1 << 20 else f"{count / (1 << 20):,.1f} MiB"
 
 
 def _device(wanted: Device) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -14,16 +14,34 @@ from pretrain.mixer import ParamGroup, Site
 from pretrain.registry import Registry
 
 
+class Aux(NamedTuple):
+    """What a channel mixer tells beside its output.
+
+    loss: a scalar to add to the loss of each counted target, a mean over the micro-batch. measures: (K,) sums over its
+    tokens, without gradient, named by `ChannelMixer.measure_names()`.
+    """
+
+    loss: Tensor
+    measures: Tensor
+
+
 class ChannelMixer(nn.Module, ABC):
     """(B, T, D) to (B, T, D), each token by itself unless the layout says what came before it."""
 
     @abstractmethod
-    def forward(self, x_BTD: Tensor, layout: Layout) -> Tensor:
-        """Mix the channels of every token."""
+    def forward(self, x_BTD: Tensor, layout: Layout) -> tuple[Tensor, Aux | None]:
+        """The mixed channels of every token; Aux where it has measures, else None."""
 
     @abstractmethod
     def flops_per_token(self) -> int:
         """Operations of a forward pass per token; a multiply-add is 2."""
+
+    def measure_names(self) -> tuple[str, ...]:
+        """Of the sums in Aux.measures; empty where it has nothing to tell."""
+        return ()
+
+    def settle(self, measures: Sequence[float]) -> None:
+        """Told after every update the measures of the global batch, to adapt what is not trained by gradients."""
 
     def param_groups(self) -> list[ParamGroup]:
         """Parameters that the general rule (matrices decay, all else does not) does not fit."""

@@ -38,7 +38,10 @@ class ModelConfig(Config):
         (PartConfig(name="correlation"),), "match", "token mixers, tiled over the depth; several make a hybrid"
     )
     channel: PartConfig = key(PartConfig(name="mlp"), "match", "the channel mixer of every block")
-    norm: Literal["rmsnorm", "layernorm"] = key("rmsnorm", "match", "the norm before each mixer and at the end")
+    stack: PartConfig = key(PartConfig(name="blocks"), "match", "what stands between embedding and head")
+    norm: Literal["rmsnorm", "layernorm", "layernorm_plain"] = key(
+        "rmsnorm", "match", "the norm before each mixer and at the end; `layernorm_plain` has no parameters"
+    )
     positions: Literal["rope", "learned", "none"] = key("rope", "match", "how mixers know where a token stands")
     bias: bool = key(False, "match", "biases in linear layers and layernorms")
     tie: bool = key(True, "match", "whether the head shares the embedding's weights")

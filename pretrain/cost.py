@@ -7,9 +7,10 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from pretrain.config import EngineConfig
-from pretrain.models.language_model import LanguageModel
+from pretrain.model import Model
 
 # dense bf16 and fp32 (TF32 off) peaks as the makers state them, in TFLOP/s; of two names that fit, the first holds
 _PEAKS = {
@@ -37,12 +38,11 @@ class Cost:
     state_bytes: int
 
 
-def cost_of(model: LanguageModel) -> Cost:
+def cost_of(model: Model) -> Cost:
     """The cost of a model; it may be on the meta device."""
-    tables = [model.embed, *([model.places] if model.places is not None else [])]
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
-        embedding_parameters=sum(table.weight.numel() for table in tables),
+        embedding_parameters=sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)),
         flops_per_token=3 * model.flops_per_token(),
         state_bytes=model.state_bytes(model.length),
     )

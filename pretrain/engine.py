@@ -20,7 +20,7 @@ from data_pipeline.batch import IGNORE, Batch
 from pretrain import optim
 from pretrain.config import EngineConfig, OptimConfig
 from pretrain.faults import fault_point, poisoned
-from pretrain.models.language_model import LanguageModel, LossParts
+from pretrain.model import LossParts, Model
 from pretrain.parallel import Ranks, alone, seed_step, sum_over_ranks
 
 PARAM = "param"
@@ -84,7 +84,7 @@ def no_votes() -> Sequence[float]:
 class Engine(Protocol):
     """One rank's part of training a model."""
 
-    model: LanguageModel
+    model: Model
 
     def step(self, batches: Sequence[Batch], step: int, lr_scale: float, votes: Votes = no_votes) -> StepResult:
         """Forward and backward over this rank's micro-batches, then one update on all ranks, or none on all.
@@ -159,7 +159,7 @@ class TorchEngine:
     """The reference: plain torch on one rank. bf16 keeps fp32 masters beside the model's bf16 parameters."""
 
     def __init__(
-        self, model: LanguageModel, optim_config: OptimConfig, config: EngineConfig, *, sources: int, seed: int,
+        self, model: Model, optim_config: OptimConfig, config: EngineConfig, *, sources: int, seed: int,
         device: torch.device,
     ) -> None:  # fmt: skip
         self.model, self.device, self._clip = model, device, optim_config.clip

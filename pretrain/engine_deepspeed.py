@@ -35,7 +35,7 @@ from pretrain.engine import (
     scaled,
 )
 from pretrain.faults import fault_point
-from pretrain.models.language_model import LanguageModel, LossParts
+from pretrain.model import LossParts, Model
 from pretrain.parallel import Ranks, seed_step
 
 Place = tuple[str, int, Tensor, dict[str, Tensor]]
@@ -74,7 +74,7 @@ class DeepSpeedEngine:
     """One rank of a DeepSpeed job."""
 
     def __init__(
-        self, model: LanguageModel, optim_config: OptimConfig, config: EngineConfig, *, sources: int, seed: int,
+        self, model: Model, optim_config: OptimConfig, config: EngineConfig, *, sources: int, seed: int,
         device: torch.device, batch_rows: int, micro_rows: int,
     ) -> None:  # fmt: skip
         self.model, self.device = model, device

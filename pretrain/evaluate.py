@@ -19,7 +19,7 @@ from data_pipeline.batch import IGNORE, Batch, collate
 from data_pipeline.loader import ShardSet
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import permute
-from pretrain.models.language_model import LossParts
+from pretrain.model import LossParts
 from pretrain.parallel import Ranks, sum_over_ranks
 
 _SPREAD = b"held-out rows, spread evenly....."[:32]

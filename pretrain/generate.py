@@ -11,7 +11,7 @@ from torch import Tensor
 
 from configs.errors import UsageError
 from data_pipeline.tokenizer import Tokenizer
-from pretrain.models.language_model import LanguageModel
+from pretrain.model import Model
 from pretrain.parallel import derive_seed
 
 
@@ -36,9 +36,7 @@ class Sampling:
             )
 
 
-def generate(
-    model: LanguageModel, tokenizer: Tokenizer, prompt: str, *, tokens: int, sampling: Sampling
-) -> Iterator[str]:
+def generate(model: Model, tokenizer: Tokenizer, prompt: str, *, tokens: int, sampling: Sampling) -> Iterator[str]:
     """Pieces of text that go on from `prompt`, at most `tokens` tokens of it; ends where the model ends the document.
 
     Every piece is whole characters: bytes that do not yet make one are held back.
@@ -48,7 +46,7 @@ def generate(
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     generator = torch.Generator().manual_seed(derive_seed(sampling.seed, "generate"))
     with torch.no_grad():
-        feed = torch.tensor([ids], device=model.embed.weight.device)
+        feed = torch.tensor([ids], device=model.device)
         state = model.initial_state(1)
         for _ in range(tokens):
             logits, state = model.decode(feed, state)

@@ -27,7 +27,8 @@ from pretrain.health import Heartbeat, StopRequests
 from pretrain.init import initialise
 from pretrain.lease import Lease
 from pretrain.log import Log, Silence
-from pretrain.models.language_model import LanguageModel, build
+from pretrain.model import Model
+from pretrain.models.build import build
 from pretrain.optim import lr_scale
 from pretrain.parallel import Ranks, finish
 from pretrain.run_folder import Record, RunFolder
@@ -319,12 +320,13 @@ def set_threads(config: RunConfig, ranks: Ranks) -> None:
 
 
 def make_engine(
-    model: LanguageModel, config: RunConfig, ranks: Ranks, device: torch.device, micro: int, sources: int
+    model: Model, config: RunConfig, ranks: Ranks, device: torch.device, micro: int, sources: int
 ) -> Engine:
     """The engine over a model that is still on the meta device: memory, first values, optimizer, process group."""
     model.to_empty(device=device)
     initialise(model, config.run.seed)
-    model.recompute = config.engine.activation_checkpointing
+    if config.engine.activation_checkpointing:
+        model.recompute()
     if config.engine.name == "torch":
         if ranks.world > 1:
             raise ConfigError(f"engine.name torch runs one rank, not {ranks.world}; set engine.name=deepspeed")

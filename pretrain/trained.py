@@ -14,7 +14,8 @@ from pretrain.checkpoint_files import newest_readable, open_files
 from pretrain.config import RunConfig
 from pretrain.engine import PARAM
 from pretrain.evaluate import HeldOut, evaluate
-from pretrain.models.language_model import LanguageModel, build
+from pretrain.model import Model
+from pretrain.models.build import build
 from pretrain.parallel import Ranks
 from pretrain.run_folder import RunFolder
 
@@ -23,7 +24,7 @@ from pretrain.run_folder import RunFolder
 class Trained:
     """A model in evaluation mode, with what it was trained on. step: of the checkpoint it is from."""
 
-    model: LanguageModel
+    model: Model
     config: RunConfig
     dataset: Dataset
     step: int
@@ -50,7 +51,7 @@ def evaluate_trained(
     heldout = HeldOut(dataset.manifest, dataset.shards, list(config.data.sources), config.model.length, rows)
     with torch.no_grad():
         figures = evaluate(
-            lambda batch: trained.model(batch.to(trained.model.embed.weight.device)),
+            lambda batch: trained.model(batch.to(trained.model.device)),
             heldout,
             dataset.tokenizer.byte_lengths,
             Ranks(0, 1, 0, "here"),

@@ -32,8 +32,8 @@ class Mlp(ChannelMixer):
         self.up = linear(site.width, hidden, bias=site.bias)
         self.down = residual(hidden, site.width, site.depth, bias=site.bias)
 
-    def forward(self, x_BTD: Tensor, layout: Layout) -> Tensor:
-        return self.down(self.activation(self.up(x_BTD)))
+    def forward(self, x_BTD: Tensor, layout: Layout) -> tuple[Tensor, None]:
+        return self.down(self.activation(self.up(x_BTD))), None
 
     def flops_per_token(self) -> int:
         return 2 * (self.up.weight.numel() + self.down.weight.numel())

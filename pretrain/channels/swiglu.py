@@ -25,9 +25,9 @@ class SwiGlu(ChannelMixer):
         self.gate_up = linear(site.width, 2 * self.hidden, bias=site.bias)
         self.down = residual(self.hidden, site.width, site.depth, bias=site.bias)
 
-    def forward(self, x_BTD: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x_BTD: Tensor, layout: Layout) -> tuple[Tensor, None]:
         gate, up = self.gate_up(x_BTD).split(self.hidden, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(F.silu(gate) * up), None
 
     def flops_per_token(self) -> int:
         return 2 * (self.gate_up.weight.numel() + self.down.weight.numel())

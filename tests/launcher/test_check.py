@@ -15,7 +15,7 @@ from launcher.check import check_run
 from pretrain.activations import activation_bytes
 from pretrain.config import ModelConfig
 from pretrain.init import initialise
-from pretrain.models.language_model import build
+from pretrain.models.build import build
 from tests.conftest import leviathan
 from tests.small_run import small_config, train_small
 

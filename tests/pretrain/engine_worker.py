@@ -20,7 +20,7 @@ from pretrain.config import CheckpointConfig, EngineConfig, ModelConfig, OptimCo
 from pretrain.engine import Engine, TorchEngine
 from pretrain.engine_deepspeed import DeepSpeedEngine, start_distributed
 from pretrain.init import initialise
-from pretrain.models.language_model import build
+from pretrain.models.build import build
 from pretrain.parallel import Ranks, finish
 from pretrain.run import leave
 from pretrain.run_folder import RunFolder

@@ -18,7 +18,7 @@ from pretrain.cost import cost_of, measured_flops, peak_flops, training_bytes
 from pretrain.engine import TorchEngine
 from pretrain.init import initialise
 from pretrain.layout import Layout
-from pretrain.models.language_model import build
+from pretrain.models.build import build
 
 VOCAB, LENGTH, ROWS = 61, 32, 2
 CPU = torch.device("cpu")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from pretrain.config import ModelConfig
 from pretrain.generate import Sampling, choose, generate
 from pretrain.init import initialise
 from pretrain.layout import Layout
-from pretrain.models.language_model import build
+from pretrain.models.build import build
 from pretrain.run_folder import RunFolder
 from pretrain.trained import Trained, load_trained
 from tests.conftest import leviathan
@@ -105,7 +104,7 @@ class Parrot:
     """A model that says given bytes, whatever it reads."""
 
     def __init__(self, ids: list[int]) -> None:
-        self.embed, self._ids = SimpleNamespace(weight=torch.zeros(1)), ids
+        self.device, self._ids = torch.device("cpu"), ids
 
     def initial_state(self, rows: int) -> int:
         return 0

@@ -115,7 +115,7 @@ def test_stacked_lags_give_the_scores_of_the_equation(lags, layout):
     q, k, w = noise(3, 2, 48, 6), noise(3, 2, 48, 6, seed=3), noise(2, lags, seed=4)
 
     def fast(q, k, w):
-        product = stack_lags(q, w, lags, layout) @ stack_lags(k, None, lags, layout).transpose(-1, -2)
+        product = stack_lags(q, w[..., None], lags, layout) @ stack_lags(k, None, lags, layout).transpose(-1, -2)
         return product.masked_fill(~layout.mask(), 0.0)
 
     def plain(q, k, w):

@@ -13,7 +13,7 @@ from configs.errors import ConfigError
 from pretrain.config import ModelConfig, OptimConfig, PartConfig
 from pretrain.init import initialise
 from pretrain.mixer import ParamGroup
-from pretrain.models.language_model import build
+from pretrain.models.build import build
 from pretrain.optim import STATE_KEYS, lr_scale, make_optimizer, param_groups, prime, set_lr, set_updates
 
 SCHEDULES = ("cosine", "wsd", "constant", "inverse_sqrt")
@@ -110,7 +110,7 @@ def test_matrices_decay_and_norms_embeddings_biases_and_lag_weights_do_not():
     model = small(**EVERY_SORT)
     groups = facts_by_name(model)
     names = set(dict(model.named_parameters()))
-    assert {"embed.weight", "places.weight", "blocks.0.mixer.lag_weights", "head.bias", "norm.weight"} < names
+    assert {"embed.weight", "places.weight", "blocks.0.mixer.form.weights", "head.bias", "norm.weight"} < names
     assert {name for name, group in groups.items() if group["weight_decay"] == DECAY} == MATRICES | {"head.weight"}
     assert {name for name, group in groups.items() if group["weight_decay"] == 0} == names - MATRICES - {"head.weight"}
     assert {(group["lr"], group["highest_lr"], group["kind"]) for group in groups.values()} == {(LR, LR, "adamw")}

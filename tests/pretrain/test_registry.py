@@ -122,7 +122,7 @@ def test_a_part_whose_library_is_missing_breaks_nothing_but_itself(parts):
 
 
 def test_a_model_of_one_mixer_imports_no_other():
-    code = """import sys; from pretrain.config import ModelConfig; from pretrain.models.language_model import build
+    code = """import sys; from pretrain.config import ModelConfig; from pretrain.models.build import build
 build(ModelConfig.model_validate_json('{"mixers": [{"name": "attention"}], "channel": {"name": "swiglu"}}'), 9)
 print(*(n for n in sys.modules if n.startswith(("pretrain.mixers.", "pretrain.channels."))))"""
     done = subprocess.run(

@@ -1,0 +1,53 @@
+"""A block: one token mixer and one channel mixer, each behind a norm and beside a residual.
+
+    x += Mixer(Norm(x));  x += Channel(Norm(x))
+
+Shapes: B rows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain import channel, mixer
+from pretrain.channel import Aux, ChannelMixer
+from pretrain.config import ModelConfig
+from pretrain.layout import Layout
+from pretrain.mixer import Site, State, TokenMixer
+from pretrain.norms import make_norm
+
+
+class Block(nn.Module):
+    """One layer of a stack."""
+
+    def __init__(self, norms: tuple[nn.Module, nn.Module], mix: TokenMixer, chan: ChannelMixer, dropout: float) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = norms
+        self.mixer, self.channel, self.dropout = mix, chan, dropout
+
+    def forward(self, x_BTD: Tensor, layout: Layout, state: State = None) -> tuple[Tensor, State, Aux | None]:
+        y_BTD, state = self.mixer(self.norm1(x_BTD), layout, state)
+        x_BTD = x_BTD + self._drop(y_BTD)
+        y_BTD, aux = self.channel(self.norm2(x_BTD), layout)
+        return x_BTD + self._drop(y_BTD), state, aux
+
+    def flops_per_token(self, length: int) -> int:
+        """Operations of a forward pass per token of a row of `length`."""
+        return self.mixer.flops_per_token(length) + self.channel.flops_per_token()
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout) if self.dropout and self.training else x
+
+
+def site_of(config: ModelConfig, layer: int) -> Site:
+    """What the parts of a layer are told about where they are."""
+    return Site(config.width, config.length, layer, config.depth, config.bias, config.positions)
+
+
+def make_block(config: ModelConfig, layer: int) -> Block:
+    """The block of a layer; mixers are tiled over the depth."""
+    site, chosen, chan = site_of(config, layer), config.mixers[layer % len(config.mixers)], config.channel
+    norms = (make_norm(config.norm, config.width, config.bias), make_norm(config.norm, config.width, config.bias))
+    mix = mixer.make(chosen.name, chosen.options, site, chosen.file)
+    return Block(norms, mix, channel.make(chan.name, chan.options, site, chan.file), config.dropout)

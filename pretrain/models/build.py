@@ -1,0 +1,20 @@
+"""A model out of its configuration."""
+
+from __future__ import annotations
+
+import torch
+
+from pretrain.config import ModelConfig
+from pretrain.model import Model
+from pretrain.models.language_model import LanguageModel
+
+
+def build(config: ModelConfig, vocab: int) -> Model:
+    """The model on the meta device: shapes and names, no memory."""
+    with torch.device("meta"):
+        return make_model(config, vocab)
+
+
+def make_model(config: ModelConfig, vocab: int) -> Model:
+    """The model on torch's default device, its parameters not yet filled."""
+    return LanguageModel(config, vocab)

@@ -1,0 +1,81 @@
+"""The one interface of what stands between a model's embedding and its last norm, and how stacks are found by name.
+
+Shapes: B rows, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.channel import Aux, ChannelMixer
+from pretrain.config import ModelConfig
+from pretrain.layout import Layout
+from pretrain.mixer import State
+from pretrain.registry import Registry
+
+
+class StackOutput(NamedTuple):
+    """x_BTD: before the last norm. state: where the stream stands, None without one. aux: of the channel mixers that
+    tell something, in the order of `Stack.tellers()`."""
+
+    x_BTD: Tensor
+    state: State
+    aux: tuple[Aux, ...]
+
+
+class Stack(nn.Module, ABC):
+    """(B, T, D) to (B, T, D), residuals and norms inside, causal and document by document as every mixer is."""
+
+    recompute: bool = False
+    """Whether segments are run again in the backward pass instead of keeping their activations."""
+
+    @abstractmethod
+    def forward(self, x_BTD: Tensor, layout: Layout, state: State = None) -> StackOutput:
+        """Without a state: the training form, whose returned state is None. With one: go on from where it ended."""
+
+    @abstractmethod
+    def initial_state(self, rows: int, like: Tensor) -> State:
+        """The state before the first token of `rows` streams, of the type and on the device of `like`."""
+
+    @abstractmethod
+    def flops_per_token(self, length: int) -> int:
+        """Operations of a forward pass per token of a row of `length`; a multiply-add is 2, a causal matrix half."""
+
+    @abstractmethod
+    def state_bytes(self, length: int) -> int:
+        """Bytes of the state of one sequence after `length` tokens, in bf16."""
+
+    @abstractmethod
+    def segments(self) -> Sequence[nn.Module]:
+        """What `recompute` runs again, one after the other."""
+
+    def training_outputs(self, x_BTD: Tensor, layout: Layout) -> tuple[list[Tensor], tuple[Aux, ...]]:
+        """What the loss is averaged over, each (B, T, D): the output, unless a stack trains others with it."""
+        out = self(x_BTD, layout)
+        return [out.x_BTD], out.aux
+
+    def tellers(self) -> list[tuple[str, ChannelMixer]]:
+        """Channel mixers with measures, by their names in this stack, in the order of a forward pass."""
+        return [(n, m) for n, m in self.named_modules() if isinstance(m, ChannelMixer) and m.measure_names()]
+
+    def run(self, segment: nn.Module, *inputs: Any) -> Any:
+        """A segment's output; with `recompute`, in training, only its inputs are kept."""
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(segment, *inputs, use_reentrant=False)
+        return segment(*inputs)
+
+
+REGISTRY: Registry[Stack] = Registry("stack", Path(__file__).with_name("stacks"), "pretrain.stacks")
+register = REGISTRY.register
+
+
+def make(config: ModelConfig) -> Stack:
+    """The stack that a model's configuration names."""
+    return REGISTRY.make(config.stack.name, config.stack.options, config, config.stack.file)

@@ -1,0 +1,1 @@
+"""One file per stack: what stands between the embedding and the head."""
