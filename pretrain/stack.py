@@ -48,6 +48,10 @@ class Stack(nn.Module, ABC):
     def flops_per_token(self, length: int) -> int:
         """Operations of a forward pass per token of a row of `length`; a multiply-add is 2, a causal matrix half."""
 
+    def halved_flops_per_token(self, length: int) -> int:
+        """The part of `flops_per_token` that was halved for causality: a dense form spends it twice."""
+        return 0
+
     @abstractmethod
     def state_bytes(self, length: int) -> int:
         """Bytes of the state of one sequence after `length` tokens, in bf16."""

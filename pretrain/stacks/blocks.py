@@ -40,6 +40,9 @@ class Blocks(nn.ModuleList, Stack):
     def flops_per_token(self, length: int) -> int:
         return sum(block.flops_per_token(length) for block in self)
 
+    def halved_flops_per_token(self, length: int) -> int:
+        return sum(block.mixer.halved_flops_per_token(length) for block in self)
+
     def state_bytes(self, length: int) -> int:
         return sum(block.mixer.state_bytes(length) for block in self)
 
