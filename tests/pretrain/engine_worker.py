@@ -200,6 +200,17 @@ def muon(out: Path, stages: list[str]) -> object:
     return results
 
 
+def models(out: Path, configs: dict[str, dict[str, object]], stages: list[str], steps: int = 3) -> object:
+    """Losses and gradient norms of some models over some steps, by name and stage."""
+    results = {}
+    for name, config in configs.items():
+        for stage in stages:
+            engine = engine_of(stage, model=ModelConfig(**config))
+            rows = [engine.step(batches(step), step, 1.0) for step in range(steps)]
+            results[f"{name} {stage}"] = [[r.loss, r.grad_norm] for r in rows]
+    return results
+
+
 def main() -> None:
     torch.set_num_threads(1)
     task, out, arguments = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])

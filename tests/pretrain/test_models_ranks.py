@@ -1,0 +1,31 @@
+"""Every kind of model under every ZeRO stage on two real ranks: losses and gradients of the reference on one."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.ranks import run_ranks
+
+WORKER, STAGES = "tests.pretrain.engine_worker", ["0", "1", "2", "3"]
+SMALL = {"width": 16, "depth": 2, "length": 24}
+MODELS: dict[str, dict[str, object]] = {
+    "blocks": {**SMALL, "mixers": [{"name": "correlation"}, {"name": "attention"}]},
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Losses and norms of all models: by the reference on one rank, and by every stage on two."""
+    out = tmp_path_factory.mktemp("models")
+    alone = run_ranks(WORKER, "models", 1, out / "1", configs=MODELS, stages=["torch"])
+    both = run_ranks(WORKER, "models", 2, out / "2", timeout=280, configs=MODELS, stages=STAGES)
+    return alone | both
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", MODELS)
+def test_two_ranks_give_the_losses_and_gradients_of_one(results, name, stage):
+    for (loss, norm), (expected, expected_norm) in zip(results[f"{name} {stage}"], results[f"{name} torch"]):
+        assert loss == pytest.approx(expected, abs=2e-5)
+        assert norm == pytest.approx(expected_norm, rel=1e-4)
