@@ -1,113 +1,109 @@
-"""Leviathan's multi-headed correlation (MHC), causal and differentiable.
+"""Leviathan's multi-headed correlation (MHC), causal and differentiable: queries meet keys at a displacement.
 
-The published operator correlates queries with keys across batch and future, detached from autograd. This one is the
-windowed cross-correlation at displacement t - s, inside one head of one document:
+    lag  y = softmax_s(S) v,  S[t, s] = sum_{l < L} w_l <q_{t-l}, k_{s-l}> / sqrt(E),  s <= t,  within a document
 
-    S[t, s] = sum_{l < L} w_l <q_{t-l}, k_{s-l}> / sqrt(E),  s <= t,  terms beyond the document's start are 0
-    y = softmax_s(S) v
+The published operator correlates queries with keys across batch and future, detached from autograd. Every form here
+stays inside one head of one document: `corr` chooses it, pretrain/correlation has them, docs/CORRELATION.md tells which
+is for what. The default is the windowed cross-correlation at displacement t - s; with one lag it is attention.
 
-With L = 1 and w = 1 it is attention. `corr: lag` is the form trained here: queries and keys are stacked with the L - 1
-before them, and what follows is ordinary attention with keys of width L E. Decoding keeps plain keys and values and
-the last L - 1 rows of products, so each new token costs one row of products, as attention does.
-
-Source: "Leviathan" (attention-free-revolution); the causal definition is this project's.
+Source: "Leviathan" (attention-free-revolution); the causal definitions are this project's.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from configs.schema import Config as Options
 from configs.schema import key
-from pretrain.init import declare, linear, residual, values
-from pretrain.mixer import Layout, ParamGroup, Site, TokenMixer, register
-from pretrain.ops.attention import attend, lag_scores, stack_lags
-from pretrain.ops.heads import Cache, empty_cache, extend, head_width, split_heads, visible
+from pretrain.correlation.convolution import Fft, FftSelf
+from pretrain.correlation.diagonal import Iir, PrefixMean
+from pretrain.correlation.form import Form, Heads
+from pretrain.correlation.lag import LagInit, make_lag
+from pretrain.correlation.lagbank import LagBank
+from pretrain.correlation.seed import SeedEma, SeedFft
+from pretrain.init import constant, declare, linear, residual
+from pretrain.mixer import Layout, ParamGroup, Site, State, TokenMixer, register
+from pretrain.ops.heads import head_width, split_heads
+
+_FORMS: dict[str, tuple[Callable[..., Form], tuple[str, ...]]] = {
+    # each with the options that are its own, in the order it takes them
+    "lag": (make_lag, ("lags", "lag_init", "lag_channelwise")),
+    "iir": (Iir, ()),
+    "prefix_mean": (PrefixMean, ()),
+    "lagbank": (LagBank, ("window",)),
+    "fft": (Fft, ("n_exp",)),
+    "fft_self": (FftSelf, ()),
+    "seed_fft": (SeedFft, ()),
+    "seed_ema": (SeedEma, ()),
+}
+_EPS = 1e-6
 
 
 class Config(Options):
     heads: int = key(4, "match", "heads", gt=0)
-    corr: Literal["lag"] = key("lag", "match", "the form of the correlation")
-    lags: int = key(4, "match", "lags L; 1 is attention", gt=0)
-    lag_init: Literal["geometric", "uniform", "delta"] = key("geometric", "match", "how the weights of the lags begin")
+    corr: Literal["lag", "iir", "prefix_mean", "lagbank", "fft", "fft_self", "seed_fft", "seed_ema"] = key(
+        "lag", "match", "the form of the correlation"
+    )
+    lags: int = key(4, "match", "of `lag`: lags L; 1 is attention", gt=0)
+    lag_init: LagInit = key("geometric", "match", "of `lag`: how the weights of the lags begin")
+    lag_channelwise: bool = key(False, "match", "of `lag`: weights for each channel, or rotated pair, not each head")
+    window: int = key(32, "match", "of `lagbank`: displacements W that a token sees", gt=0)
+    n_exp: int = key(4, "match", "of `fft`: exponentials in the filter of a channel", gt=0)
+    qk_norm: bool = key(False, "match", "RMSNorm of queries and keys, each with a gain for every channel of a head")
     rope_base: float = key(10000.0, "match", "base of the rotary angles", gt=0)
 
-
-class Stream(NamedTuple):
-    """What was seen: keys and values, and the products of the last L - 1 queries with every key (B, H, L-1, S)."""
-
-    cache: Cache
-    rows: Tensor
+    @model_validator(mode="after")
+    def _has_only_options_of_its_form(self) -> Config:
+        own = _FORMS[self.corr][1]
+        for name in sorted(self.model_fields_set & {name for _, names in _FORMS.values() for name in names}):
+            if name not in own:
+                takes = f"takes {', '.join(own)}" if own else "has no options of its own"
+                raise ValueError(f"{name} does not belong to corr {self.corr}, which {takes}; remove it")
+        return self
 
 
 @register(Config)
 class Correlation(TokenMixer):
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__()
-        self.heads, self.lags, self.width = config.heads, config.lags, site.width
-        self.base = config.rope_base if site.positions == "rope" else None
+        self.width, self.heads = site.width, config.heads
         self.head_width = head_width(site, self.heads, self.heads)
         self.qkv = linear(site.width, 3 * site.width, bias=site.bias)
         self.out = residual(site.width, site.width, site.depth, bias=site.bias)
-        self.lag_weights = nn.Parameter(torch.empty(self.heads, self.lags))
-        declare(self, {"lag_weights": values(lambda: first_weights(config.lag_init, self.heads, self.lags))})
+        self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_gain, self.k_gain = (nn.Parameter(torch.empty(self.head_width)) for _ in range(2))
+            declare(self, {"q_gain": constant(1.0), "k_gain": constant(1.0)})
+        base = config.rope_base if site.positions == "rope" else None
+        make, own = _FORMS[config.corr]
+        self.form = make(Heads(self.heads, self.head_width, base), *(getattr(config, name) for name in own))
+        self.rounding, self.dense = self.form.rounding, self.form.dense
 
-    def forward(self, x_BTD: Tensor, layout: Layout, state: Stream | None = None) -> tuple[Tensor, Stream | None]:
+    def forward(self, x_BTD: Tensor, layout: Layout, state: State = None) -> tuple[Tensor, State]:
         q, k, v = split_heads(self.qkv(x_BTD), self.heads, self.heads)
-        if self.base is not None:
-            # before any shift: then products depend on distances alone
-            rotary = layout.rotary(self.head_width, self.base, x_BTD.dtype)
-            q, k = rotary.rotate(q), rotary.rotate(k)
-        scale = self.head_width**-0.5
-        weights = self.lag_weights.to(x_BTD.dtype)
-        if state is None:
-            stacked_q = stack_lags(q, weights, self.lags, layout)
-            stacked_k = stack_lags(k, None, self.lags, layout)
-            y = attend(stacked_q, stacked_k, v, layout, scale)
-        else:
-            y, state = self._stream(q * scale, k, v, weights, layout, state)
-        return self.out(y.transpose(1, 2).flatten(2)), state
+        if self.qk_norm:
+            q, k = (F.rms_norm(x, (self.head_width,), w, _EPS) for x, w in ((q, self.q_gain), (k, self.k_gain)))
+        y_BHTE, state = self.form(q, k, v, layout, state)
+        return self.out(y_BHTE.transpose(1, 2).flatten(2)), state
 
-    def _stream(
-        self, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, layout: Layout, state: Stream
-    ) -> tuple[Tensor, Stream]:
-        """The equation itself, over all that was seen; the form of decoding, and the plain twin of the stacked one."""
-        cache = extend(state.cache, k, v, layout)
-        before = F.pad(state.rows, (0, k.shape[2]))
-        rows = torch.cat((before, q @ cache.k.transpose(-1, -2)), dim=2)
-        scores = lag_scores(rows, weights, layout.pos_BT, cache.pos_BS)
-        y = scores.masked_fill(~visible(layout, cache), float("-inf")).softmax(-1) @ cache.v
-        return y, Stream(cache, rows[:, :, rows.shape[2] - (self.lags - 1) :])
-
-    def initial_state(self, rows: int, like: Tensor) -> Stream:
-        cache = empty_cache(rows, self.heads, self.head_width, like)
-        return Stream(cache, like.new_zeros(rows, self.heads, self.lags - 1, 0))
+    def initial_state(self, rows: int, like: Tensor) -> Any:
+        return self.form.initial_state(rows, like)
 
     def flops_per_token(self, length: int) -> int:
-        return 8 * self.width * self.width + self.halved_flops_per_token(length)
+        return 8 * self.width * self.width + self.form.flops_per_token(length)
 
     def halved_flops_per_token(self, length: int) -> int:
-        return (self.lags + 1) * length * self.width
+        return self.form.halved_flops_per_token(length)
 
     def state_bytes(self, length: int) -> int:
-        return 2 * (2 * self.width + self.heads * (self.lags - 1)) * length
+        return self.form.state_bytes(length)
 
     def param_groups(self) -> list[ParamGroup]:
-        return [ParamGroup(("lag_weights",), decay=False)]
-
-
-def first_weights(kind: str, heads: int, lags: int) -> Tensor:
-    """(H, L) weights of norm 1 per head, so that scores begin with the variance of attention's."""
-    lag = torch.arange(lags, dtype=torch.float64)
-    if kind == "delta":
-        weights = (lag == 0).double().expand(heads, lags)
-    elif kind == "uniform":
-        weights = torch.ones(heads, lags, dtype=torch.float64)
-    else:
-        decay = torch.linspace(0.1, 0.7, heads, dtype=torch.float64)
-        weights = decay[:, None] ** lag
-    return (weights / weights.norm(dim=1, keepdim=True)).float()
+        own = tuple(f"form.{name}" for name, _ in self.form.named_parameters())
+        return [ParamGroup(own, decay=False)] if own else []

@@ -48,17 +48,17 @@ def attend_naive(q_BHTE: Tensor, k_BHSE: Tensor, v_BHSV: Tensor, mask: Tensor, s
     return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v_BHSV
 
 
-def stack_lags(x_BHTE: Tensor, weights_HL: Tensor | None, lags: int, layout: Layout) -> Tensor:
+def stack_lags(x_BHTE: Tensor, weights_HLE: Tensor | None, lags: int, layout: Layout) -> Tensor:
     """Beside each token's vector those of the `lags` - 1 tokens before it, zero beyond its document. (B, H, T, L*E).
 
-    weights_HL: a factor for each lag, per head.
+    weights_HLE: a factor for each lag, per head (H, L, 1) or channel (H, L, E).
     """
     pieces = []
     for lag in range(min(lags, x_BHTE.shape[2])):
         piece = x_BHTE if lag == 0 else F.pad(x_BHTE[:, :, :-lag], (0, 0, lag, 0))
         if lag and not layout.ramps:
             piece = piece * layout.reaches(lag)
-        pieces.append(piece if weights_HL is None else piece * weights_HL[:, lag, None, None])
+        pieces.append(piece if weights_HLE is None else piece * weights_HLE[:, lag, None])
     return torch.cat(pieces, dim=-1)
 
 
