@@ -7,6 +7,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from configs.load import Layers
+from configs.load import build as checked
 from data_pipeline.batch import Batch
 from pretrain.config import ModelConfig
 from pretrain.layout import Layout
@@ -27,7 +29,7 @@ def config_of(name, keys):
     """A model of two layers over a stack. keys: of the model; `options` are the stack's own."""
     own = {key: value for key, value in keys.items() if key != "options"}
     stack = {"name": name, "options": keys.get("options", {})}
-    return ModelConfig(**{"width": WIDTH, "depth": 2, "length": LENGTH, "stack": stack} | own)
+    return checked(ModelConfig, Layers({"width": WIDTH, "depth": 2, "length": LENGTH, "stack": stack} | own))
 
 
 def make_stacked(name, keys):

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from configs.load import Layers
+from configs.load import build as checked
 from data_pipeline.batch import Batch, collate
 from pretrain.checkpoint import CheckpointStore
 from pretrain.checkpoint_files import newest_readable, open_files
@@ -205,7 +207,7 @@ def models(out: Path, configs: dict[str, dict[str, object]], stages: list[str], 
     results = {}
     for name, config in configs.items():
         for stage in stages:
-            engine = engine_of(stage, model=ModelConfig(**config))
+            engine = engine_of(stage, model=checked(ModelConfig, Layers(dict(config))))
             rows = [engine.step(batches(step), step, 1.0) for step in range(steps)]
             results[f"{name} {stage}"] = [[r.loss, r.grad_norm] for r in rows]
     return results
