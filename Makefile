@@ -36,9 +36,9 @@ bench: $(READY)         ## the figures of docs/BENCHMARKS.md
 	$(BIN)/python -m benchmarks checkpoint
 	$(BIN)/python -m benchmarks start
 
-docs: $(READY)          ## the generated parts: configs/base.yaml, the tables of mixers, models and files
+docs: $(READY)          ## the generated parts: configs/base.yaml, the tables of mixers, certificates, models and files
 	$(BIN)/python -m launcher.manual > configs/base.yaml
-	$(BIN)/python -m launcher.tables README.md docs/ARCHITECTURE.md
+	$(BIN)/python -m launcher.tables README.md docs/ARCHITECTURE.md docs/MIXERS.md
 
 # torch first and under the constraint: any other way brings gigabytes of CUDA to a machine without a GPU
 $(READY): pyproject.toml constraints.txt

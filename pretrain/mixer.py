@@ -54,7 +54,7 @@ class ParamGroup:
 class TokenMixer(nn.Module, ABC):
     """Mix information across time, (B, T, D) to (B, T, D), and nothing else.
 
-    Residual, norm and channel mixer belong to the block. The flags are promises that the contract tests hold.
+    Residual, norm and channel mixer belong to the block. The flags are promises that the certificate holds.
     """
 
     causal: ClassVar[bool] = True
@@ -65,6 +65,8 @@ class TokenMixer(nn.Module, ABC):
     """Documents packed in one row cannot see each other."""
     rounding: bool = False
     """Whether an output may change by rounding when a later token does, as an FFT's do; else not by a bit."""
+    dense: bool = False
+    """Whether training keeps a (T, T) matrix of a row, so that its memory grows with the square of the length."""
 
     @abstractmethod
     def forward(self, x_BTD: Tensor, layout: Layout, state: State = None) -> tuple[Tensor, State]:

@@ -103,7 +103,7 @@ class Registry(Generic[P]):
             except (Exception, SystemExit) as error:
                 del sys.modules[module]
                 told = f"{type(error).__name__}: {error}".splitlines()[0]
-                raise ConfigError(f"the {self._kind} file {path} fails{_line(error, path)} ({told})") from None
+                raise ConfigError(f"the {self._kind} file {path} fails{line_of(error, path)} ({told})") from None
         if module not in self._entries:
             raise ConfigError(
                 f"the {self._kind} file {path} registers no {self._kind}; decorate its class with @register(Config)"
@@ -112,8 +112,8 @@ class Registry(Generic[P]):
         return self._entries[module]
 
 
-def _line(error: BaseException, path: Path) -> str:
-    """In which line of a file an error arose, if in any."""
+def line_of(error: BaseException, path: Path) -> str:
+    """` in line N`: where in a file an error arose, or nothing if elsewhere."""
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return f" in line {error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]

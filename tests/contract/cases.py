@@ -40,6 +40,12 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
         {"corr": "seed_fft"},
         {"corr": "seed_ema"},
     ],
+    "involution": [
+        {},
+        {"kernel": 7, "softmax": True, "delta": True},
+        {"kernel": 5, "dilation": 2, "dilation_growth": 3},
+    ],
+    "elita": [{}, {"heads": 2, "value_width": 5, "features": 3, "pos_scale": 9.0}],
 }
 CASES = [(name, options) for name in mixer.REGISTRY.names() for options in VARIANTS.get(name, [{}])]
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in options.items()) or 'default'}" for name, options in CASES]

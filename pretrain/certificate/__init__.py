@@ -1,0 +1,1 @@
+"""The certificate of a mixer: what every mixer promises, measured one promise at a time."""
