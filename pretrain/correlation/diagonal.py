@@ -52,17 +52,17 @@ class Diagonal(Form):
         if state is not None:
             sums = torch.cat((F.pad(state.sums, (0, q.shape[2]))[:, :, None], sums), dim=2)
         room_BS = seen.pos_BS[:, None, None]
-        sums = self.summed(sums, room_BS)[:, :, -q.shape[2] :]
-        scores = self.scores(sums, room_BS).masked_fill(~mask, -torch.inf)
+        sums = self._summed(sums, room_BS)[:, :, -q.shape[2] :]
+        scores = self._scores(sums, room_BS).masked_fill(~mask, -torch.inf)
         y = scores.softmax(-1).to(v.dtype) @ seen.v
         return y, None if state is None else Stream(seen, sums[:, :, -1])
 
     @abstractmethod
-    def summed(self, products_BHTS: Tensor, room_BS: Tensor) -> Tensor:
+    def _summed(self, products_BHTS: Tensor, room_BS: Tensor) -> Tensor:
         """Sums along diagonals. room: how many products lie before each within its document."""
 
     @abstractmethod
-    def scores(self, sums_BHTS: Tensor, room_BS: Tensor) -> Tensor:
+    def _scores(self, sums_BHTS: Tensor, room_BS: Tensor) -> Tensor:
         """Logits of the softmax."""
 
     def initial_state(self, rows: int, like: Tensor) -> Stream:
@@ -84,11 +84,11 @@ class Iir(Diagonal):
         self.decay = nn.Parameter(torch.empty(heads.count))
         declare(self, {"decay": values(lambda: first_decays(heads.count).logit().float())})
 
-    def summed(self, products_BHTS: Tensor, room_BS: Tensor) -> Tensor:
+    def _summed(self, products_BHTS: Tensor, room_BS: Tensor) -> Tensor:
         keep_H11 = self.decay.to(products_BHTS.dtype).sigmoid()[:, None, None]
         return decayed_sums(products_BHTS, keep_H11, room_BS, along_diagonals)
 
-    def scores(self, sums_BHTS: Tensor, room_BS: Tensor) -> Tensor:
+    def _scores(self, sums_BHTS: Tensor, room_BS: Tensor) -> Tensor:
         keep_H11 = self.decay.to(sums_BHTS.dtype).sigmoid()[:, None, None]
         return sums_BHTS * (1 - keep_H11.square()).sqrt()
 
@@ -101,8 +101,8 @@ class PrefixMean(Diagonal):
         self.log_gain = nn.Parameter(torch.empty(heads.count))
         declare(self, {"log_gain": constant(0.0)})
 
-    def summed(self, products_BHTS: Tensor, room_BS: Tensor) -> Tensor:
+    def _summed(self, products_BHTS: Tensor, room_BS: Tensor) -> Tensor:
         return doubled(products_BHTS, 1.0, room_BS, along_diagonals)
 
-    def scores(self, sums_BHTS: Tensor, room_BS: Tensor) -> Tensor:
+    def _scores(self, sums_BHTS: Tensor, room_BS: Tensor) -> Tensor:
         return sums_BHTS / (room_BS + 1) * self.log_gain.to(sums_BHTS.dtype).exp()[:, None, None]

@@ -30,40 +30,6 @@ def batch_of(rows=3, length=24, vocab=50):
     return collate(tokens, boundaries, np.array([0, 1, 0]))
 
 
-def preset(name, vocab, **changes):
-    config = load(RunConfig, [find(f"models/{name}")]).model.model_copy(update=changes)
-    return build(config, vocab)
-
-
-def parameters(model):
-    return sum(p.numel() for p in model.parameters())
-
-
-def test_the_published_count_of_5315_parameters_is_reproduced():
-    assert parameters(preset("attention-5k", 91, length=1000)) == 5315
-
-
-@pytest.mark.parametrize(("name", "blocks"), [("attention-77m", 76_960_000), ("attention-154m", 153_808_000)])
-def test_the_blocks_of_the_published_sizes_have_the_published_counts(name, blocks):
-    model = preset(name, 65)
-    assert sum(p.numel() for block in model.blocks for p in block.parameters()) == blocks
-
-
-@pytest.mark.parametrize(("name", "vocab"), [("5k", 91), ("50k", 65), ("77m", 65), ("154m", 10_000)])
-def test_a_leviathan_preset_has_its_twins_parameters_and_its_lag_weights(name, vocab):
-    leviathan, twin = preset(f"leviathan-{name}", vocab), preset(f"attention-{name}", vocab)
-    lags = sum(b.mixer.form.weights.numel() for b in leviathan.blocks)
-    assert parameters(leviathan) == parameters(twin) + lags
-    d, depth, length = leviathan.width, len(leviathan.blocks), leviathan.length
-    mult = leviathan.blocks[0].channel.up.weight.shape[0] // d
-    block = 4 * (d * d + d) + 2 * mult * d * d + (mult + 1) * d + 4 * d
-    assert parameters(twin) == depth * block + (2 * vocab + length) * d + vocab + 2 * d
-
-
-def test_the_77m_preset_on_the_characters_of_tinyshakespeare_has_the_derived_count():
-    assert parameters(preset("attention-77m", 65)) == 77_475_265
-
-
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_loss_is_the_cross_entropy_of_the_counted_targets(tie, bias):
@@ -132,6 +98,6 @@ def test_learned_positions_end_with_one_sentence():
 
 
 def test_costs_are_told_without_memory():
-    cost = cost_of(preset("leviathan-1b", 32_000))
+    cost = cost_of(build(load(RunConfig, [find("models/leviathan-1b")]).model, 32_000))
     assert 1.0e9 < cost.parameters < 1.2e9
     assert cost.flops_per_token > 6 * (cost.parameters - cost.embedding_parameters)
