@@ -1,0 +1,101 @@
+"""Equal modules with parameters of their own, run as one: weights stacked, products batched.
+
+Eight small models in eight Python loops leave a processor idle between small products. Here each parameter of one
+module gets a first dimension M, and torch.func.vmap runs the module over it. That is a layout of the run only:
+checkpoints name each member's own parameters (pretrain/member_names.py).
+
+Shapes: M members.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from pretrain.init import Fill, declare
+from pretrain.parallel import derive_seed
+
+
+class Members(nn.Module):
+    """One module for each of `names`. Tensors given to it and taken from it have a first dimension M.
+
+    make: builds the module of one member; called once, its parameters are never filled.
+    """
+
+    def __init__(self, make: Callable[[], nn.Module], names: Sequence[str]) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            template = make()
+        self.names = list(names)
+        # in a tuple it is no submodule: its parameters are shapes and names only
+        self._template = (template,)
+        fills = {}
+        for path, module in template.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                own = f"{path}.{name}".strip(".").replace(".", "/")
+                size = (len(names), *parameter.shape)
+                self.register_parameter(own, nn.Parameter(torch.empty(size), requires_grad=parameter.requires_grad))
+                fills[own] = self._fill(getattr(module, "fills", {})[name])
+        declare(self, fills)
+
+    @property
+    def template(self) -> Any:
+        """The module of one member, without values."""
+        return self._template[0]
+
+    def forward(self, *inputs: Any, shared: Sequence[Any] = ()) -> Any:
+        """inputs: tensors, or trees of them, of all members. shared: what every member is given besides."""
+        rest: list[Any] = []
+
+        def one(parameters: dict[str, Tensor], *own: Any) -> tuple[Tensor, ...]:
+            leaves, tree = tree_flatten(functional_call(self.template, parameters, (*own, *shared)))
+            rest[:] = [torch.is_tensor(leaf) for leaf in leaves], leaves, tree
+            return tuple(leaf for leaf in leaves if torch.is_tensor(leaf))
+
+        dims = tree_map(lambda leaf: 0 if torch.is_tensor(leaf) else None, (self.stacked(), *inputs))
+        tensors = iter(vmap(one, dims, randomness="different")(self.stacked(), *inputs))
+        is_tensor, leaves, tree = rest
+        return tree_unflatten([next(tensors) if its else leaf for its, leaf in zip(is_tensor, leaves)], tree)
+
+    def stacked(self) -> dict[str, Tensor]:
+        """The stacked parameters by their names in the template."""
+        return {name.replace("/", "."): p for name, p in self.named_parameters(recurse=False)}
+
+    def train(self, mode: bool = True) -> Members:
+        self.template.train(mode)
+        return super().train(mode)
+
+    def _fill(self, fill: Fill) -> Fill:
+        """Each member's values are drawn for its name, whatever other members there are."""
+
+        def every(tensor: Tensor, generator: torch.Generator) -> Tensor:
+            seed = generator.initial_seed()
+            for name, part in zip(self.names, tensor):
+                fill(part, torch.Generator().manual_seed(derive_seed(seed, name)))
+            return tensor
+
+        return every
+
+
+class MemberTables(Members):
+    """Embeddings: a table for each member, read by the same ids."""
+
+    def forward(self, ids_BT: Tensor, *, shared: Sequence[Any] = ()) -> Tensor:
+        """(M, B, T, D): rows of each member's table."""
+        table_MVD = self.stacked()["weight"]
+        members, vocab, width = table_MVD.shape
+        first_M = vocab * torch.arange(members, device=ids_BT.device)
+        return F.embedding(ids_BT + first_M.view(-1, 1, 1), table_MVD.reshape(members * vocab, width))
+
+
+def members_of(model: nn.Module) -> list[tuple[str, Members]]:
+    """Every place in a model where members are run as one, by its path."""
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, Members)]
+
+
