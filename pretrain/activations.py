@@ -7,12 +7,14 @@ the count is what a real pass saves; on a GPU other kernels are chosen, and it i
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from data_pipeline.batch import Batch
 from pretrain.config import ModelConfig
@@ -20,31 +22,51 @@ from pretrain.model import Model
 from pretrain.models.build import make_model
 
 _OUTSIDE = -1
-"""The number of what is saved in no block: embedding, last norm, loss."""
+"""The number of what is saved in no segment: embedding, last norm, loss."""
+
+
+class _Call(NamedTuple):
+    """Of one call of a segment: bytes of its inputs, and bytes that it saves."""
+
+    inputs: int
+    saved: int
 
 
 def activation_bytes(config: ModelConfig, vocab: int, rows: int, *, bf16: bool, recompute: bool) -> int:
-    """Bytes saved by one micro-batch of `rows` packed rows. recompute: blocks are run again in the backward pass."""
+    """Bytes saved by one micro-batch of `rows` packed rows. recompute: segments are run again in the backward pass."""
+    wrap = config.wrap
+    # everything is saved, to be seen; what will be run again is taken off afterwards
+    seen = config.model_copy(update={"wrap": wrap.model_copy(update={"checkpoint": False})})
     with FakeTensorMode(), _default_dtype(torch.bfloat16 if bf16 else torch.float32):
-        model = make_model(config, vocab).train()
-        saved = _saved_by_block(model, _batch(rows, config.length))
-    blocks = [saved.get(number, 0) for number in range(len(model.segments()))]
-    if not recompute:
-        return saved.get(_OUTSIDE, 0) + sum(blocks)
-    # of each block its input stays, and of the one that is run again everything
-    inputs = len(blocks) * rows * config.length * config.width * (2 if bf16 else 4)
-    return saved.get(_OUTSIDE, 0) + inputs + max(blocks)
+        model = make_model(seen, vocab).train()
+        outside, calls = _saved_by_call(model, _batch(rows, config.length))
+    again = wrap.checkpoint and wrap.passes > 1
+    size = len(calls) // wrap.passes if again else len(calls)
+    parts = [calls[at : at + size] for at in range(0, len(calls), size)]
+    return outside + _kept([_Call(part[0].inputs, _kept(part, recompute)) for part in parts], again)
 
 
-def _saved_by_block(model: Model, batch: Batch) -> dict[int, int]:
-    """Bytes that autograd saves in each block."""
-    saved = Saved(model.parameters())
-    for number, block in enumerate(model.segments()):
-        block.register_forward_pre_hook(lambda *_, number=number: saved.enter(number))
-        block.register_forward_hook(lambda *_: saved.enter(_OUTSIDE))
+def _kept(calls: Sequence[_Call], again: bool) -> int:
+    """Bytes kept of some calls: of those run again their inputs stay, and of one at a time everything."""
+    if not again:
+        return sum(call.saved for call in calls)
+    return sum(call.inputs for call in calls) + max(call.saved for call in calls)
+
+
+def _saved_by_call(model: Model, batch: Batch) -> tuple[int, list[_Call]]:
+    """Bytes that autograd saves outside of all segments, and in each call of a segment; one may be called often."""
+    saved, inputs = Saved(model.parameters()), list[int]()
+
+    def enter(_: nn.Module, given: tuple[Any, ...]) -> None:
+        saved.enter(len(inputs))
+        inputs.append(sum(t.nbytes for t in tree_leaves(given) if torch.is_tensor(t) and t.is_floating_point()))
+
+    for segment in model.segments():
+        segment.register_forward_pre_hook(enter)
+        segment.register_forward_hook(lambda *_: saved.enter(_OUTSIDE))
     with saved.counting():
         model(batch)
-    return saved.bytes
+    return saved.bytes[_OUTSIDE], [_Call(size, saved.bytes[number]) for number, size in enumerate(inputs)]
 
 
 class Saved:

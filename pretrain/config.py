@@ -11,6 +11,7 @@ from pydantic import model_validator
 
 from configs.schema import Config, key, section, values
 from data_pipeline.config import DataConfig
+from pretrain.ensemble.config import EnsembleConfig
 
 
 class PartConfig(Config):
@@ -28,6 +29,28 @@ class PartConfig(Config):
         return values
 
 
+class WrapConfig(Config):
+    """The stack run over its own output, with the same weights (docs/WRAP.md)."""
+
+    passes: int = key(1, "match", "times that the stack is run; 1: as it is", gt=0)
+    loss: Literal["last", "mean_all"] = key("last", "match", "what is trained: the last pass, or all of them equally")
+    checkpoint: bool = key(False, "record", "run a pass again in the backward pass to save memory")
+
+
+class LogitsConfig(Config):
+    """A feed-forward over the logits, added to them (docs/WRAP.md)."""
+
+    hidden: int = key(0, "match", "its hidden width; 0: none", ge=0)
+    rank: int = key(0, "match", "rank of its first matrix, for large vocabularies; 0: full", ge=0)
+    freeze_backbone: bool = key(False, "match", "train nothing else")
+
+    @model_validator(mode="after")
+    def _is_there(self) -> LogitsConfig:
+        if not self.hidden and (self.rank or self.freeze_backbone):
+            raise ValueError("has rank or freeze_backbone, but no feed-forward; set model.logits.hidden to its width")
+        return self
+
+
 class ModelConfig(Config):
     """The model. Parameters of one mixer or channel mixer are its own `options`."""
 
@@ -39,6 +62,9 @@ class ModelConfig(Config):
     )
     channel: PartConfig = key(PartConfig(name="mlp"), "match", "the channel mixer of every block")
     stack: PartConfig = key(PartConfig(name="blocks"), "match", "what stands between embedding and head")
+    wrap: WrapConfig = section(WrapConfig)
+    logits: LogitsConfig = section(LogitsConfig)
+    ensemble: EnsembleConfig = section(EnsembleConfig)
     norm: Literal["rmsnorm", "layernorm", "layernorm_plain"] = key(
         "rmsnorm", "match", "the norm before each mixer and at the end; `layernorm_plain` has no parameters"
     )

@@ -60,6 +60,10 @@ class Stack(nn.Module, ABC):
     def segments(self) -> Sequence[nn.Module]:
         """What `recompute` runs again, one after the other."""
 
+    def recompute_segments(self) -> None:
+        """From now on run segments again in the backward pass."""
+        self.recompute = True
+
     def training_outputs(self, x_BTD: Tensor, layout: Layout) -> tuple[list[Tensor], tuple[Aux, ...]]:
         """What the loss is averaged over, each (B, T, D): the output, unless a stack trains others with it."""
         out = self(x_BTD, layout)
@@ -81,5 +85,9 @@ register = REGISTRY.register
 
 
 def make(config: ModelConfig) -> Stack:
-    """The stack that a model's configuration names."""
-    return REGISTRY.make(config.stack.name, config.stack.options, config, config.stack.file)
+    """The stack that a model's configuration names, wrapped where it says so."""
+    # the wrap is a stack itself: it stands on this file
+    from pretrain.wrap import Wrap
+
+    inner = REGISTRY.make(config.stack.name, config.stack.options, config, config.stack.file)
+    return inner if config.wrap.passes == 1 else Wrap(inner, config.width, config.wrap)

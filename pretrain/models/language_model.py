@@ -1,6 +1,6 @@
 """The language model: embed, a stack, norm, loss.
 
-    x = Stack(embed(tokens));   logits = Norm(x) W_head^T
+    x = Stack(embed(tokens));   logits = Head(Norm(x))
 
 Shapes: B rows, T tokens, D width, V vocabulary.
 """
@@ -19,12 +19,12 @@ from data_pipeline.batch import Batch
 from pretrain import stack
 from pretrain.channel import Aux
 from pretrain.config import ModelConfig
-from pretrain.init import embedding, linear
+from pretrain.init import embedding
 from pretrain.layout import Layout
 from pretrain.mixer import State
 from pretrain.model import LossParts, Model
+from pretrain.models.head import Head
 from pretrain.norms import make_norm
-from pretrain.ops.loss import cross_entropy
 from pretrain.stack import StackOutput
 
 
@@ -47,7 +47,9 @@ class LanguageModel(Model):
         self.places = embedding(config.length, config.width) if config.positions == "learned" else None
         self.blocks = stack.make(config)
         self.norm = make_norm(config.norm, config.width, config.bias)
-        self.head = None if config.tie else linear(config.width, vocab, bias=config.bias)
+        self.head = Head(config, vocab)
+        if config.logits.freeze_backbone:
+            self.head.freeze_others(self)
 
     def forward(self, batch: Batch) -> LossParts:
         layout = Layout(batch.doc_BT, batch.pos_BT, not batch.packed)
@@ -56,7 +58,7 @@ class LanguageModel(Model):
             outputs = outputs[-1:]
         targets_N, totals = batch.targets_BT.reshape(-1), []
         for x_BTD in outputs:
-            total, loss_N = cross_entropy(self.norm(x_BTD).flatten(0, 1), *self._head(), targets_N)
+            total, loss_N = self.head(self.norm(x_BTD).flatten(0, 1), self._tied(), targets_N)
             totals.append(total)
         total, measures = totals[0] if len(totals) == 1 else torch.stack(totals).mean(), None
         if auxes:
@@ -64,8 +66,7 @@ class LanguageModel(Model):
         return LossParts(total, loss_N.view(batch.targets_BT.shape), measures)
 
     def logits(self, tokens_BT: Tensor, layout: Layout) -> Tensor:
-        x_BTD = self.hidden(tokens_BT, layout).x_BTD
-        return F.linear(x_BTD, *self._head())
+        return self.head.logits(self.hidden(tokens_BT, layout).x_BTD, self._tied())
 
     def initial_state(self, rows: int) -> StreamState:
         like = self.embed.weight
@@ -75,7 +76,8 @@ class LanguageModel(Model):
     def decode(self, tokens_BT: Tensor, state: StreamState, layout: Layout | None = None) -> tuple[Tensor, StreamState]:
         layout = layout or going_on(state.pos_B, state.doc_B, tokens_BT.shape[1])
         out = self.hidden(tokens_BT, layout, state.stack)
-        return F.linear(out.x_BTD, *self._head()), StreamState(out.state, layout.pos_BT[:, -1], layout.doc_BT[:, -1])
+        logits_BTV = self.head.logits(out.x_BTD, self._tied())
+        return logits_BTV, StreamState(out.state, layout.pos_BT[:, -1], layout.doc_BT[:, -1])
 
     def hidden(self, tokens_BT: Tensor, layout: Layout, state: State = None) -> StackOutput:
         """The stack's output with (B, T, D) after the last norm."""
@@ -83,13 +85,13 @@ class LanguageModel(Model):
         return out._replace(x_BTD=self.norm(out.x_BTD))
 
     def flops_per_token(self) -> int:
-        return self.blocks.flops_per_token(self.length) + 2 * self.width * self.vocab
+        return self.blocks.flops_per_token(self.length) + self.head.flops_per_token()
 
     def state_bytes(self, length: int) -> int:
         return self.blocks.state_bytes(length)
 
     def recompute(self) -> None:
-        self.blocks.recompute = True
+        self.blocks.recompute_segments()
 
     def segments(self) -> Sequence[nn.Module]:
         return self.blocks.segments()
@@ -110,8 +112,8 @@ class LanguageModel(Model):
             x_BTD = x_BTD + self.places(self._checked_places(layout, streaming))
         return F.dropout(x_BTD, self.dropout) if self.dropout and self.training else x_BTD
 
-    def _head(self) -> tuple[Tensor, Tensor | None]:
-        return (self.embed.weight, None) if self.head is None else (self.head.weight, self.head.bias)
+    def _tied(self) -> Tensor | None:
+        return self.embed.weight if self.head.weight is None else None
 
     def _checked_places(self, layout: Layout, streaming: bool) -> Tensor:
         # only a stream can run past the table; asking costs a wait for the device, so training does not

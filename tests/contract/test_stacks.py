@@ -17,7 +17,13 @@ from pretrain.stack import REGISTRY
 from tests.contract.cases import LENGTH, ROWS, VOCAB, WIDTH, noise, packed, piece, shaken, tokens
 
 # keys of the model, per stack, that are worth the whole contract; a stack without an entry is run as it is
-VARIANTS: dict[str, list[dict[str, object]]] = {}
+VARIANTS: dict[str, list[dict[str, object]]] = {
+    "blocks": [
+        {},
+        {"depth": 1, "wrap": {"passes": 3}},
+        {"wrap": {"passes": 2, "loss": "mean_all", "checkpoint": True}},
+    ],
+}
 CASES = [(name, keys) for name in REGISTRY.names() for keys in VARIANTS.get(name, [{}])]
 IDS = [f"{name}-{number}" for number, (name, _) in enumerate(CASES)]
 
