@@ -38,6 +38,11 @@ def manual() -> str:
 def _keys(schema: type[BaseModel], depth: int) -> Iterator[str]:
     indent = "  " * depth
     for name, info in schema.model_fields.items():
+        inner = nested_schema(info)
+        if inner is not None and resume_class(info) is None:
+            yield f"{indent}{name}:  # {_sentence(inner)}"
+            yield from _keys(inner, depth + 1)
+            continue
         comment = f"{info.description or ''} [{resume_class(info)}]"
         yield from (f"{indent}# {line}" for line in textwrap.wrap(comment, 110))
         default = None if info.is_required() else info.get_default(call_default_factory=True)
