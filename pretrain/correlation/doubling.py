@@ -31,7 +31,7 @@ def doubled(x: Tensor, keep: Tensor | float, room: Tensor, shift: Shift) -> Tens
     """sum_{m <= room} keep^m shift(x, m) over (B, H, T, ...). room: terms before each within its document."""
     reach = 1
     while reach < x.shape[2]:
-        x = x + shift(x, reach) * keep**reach * (room >= reach)
+        x = torch.addcmul(x, shift(x, reach), keep**reach * (room >= reach).to(x.dtype))
         reach *= 2
     return x
 
