@@ -15,17 +15,28 @@ from pretrain.registry import Registry
 
 
 class Aux(NamedTuple):
-    """What a channel mixer tells beside its output.
+    """What a part of a model tells beside its output.
 
     loss: a scalar to add to the loss of each counted target, a mean over the micro-batch. measures: (K,) sums over its
-    tokens, without gradient, named by `ChannelMixer.measure_names()`.
+    tokens, without gradient, named by `Teller.measure_names()`.
     """
 
     loss: Tensor
     measures: Tensor
 
 
-class ChannelMixer(nn.Module, ABC):
+class Teller(nn.Module):
+    """A part of a stack that may tell something in every forward pass: an Aux, where it has measures."""
+
+    def measure_names(self) -> tuple[str, ...]:
+        """Of the sums in Aux.measures; empty where it has nothing to tell."""
+        return ()
+
+    def settle(self, measures: Sequence[float]) -> None:
+        """Told after every update the measures of the global batch, to adapt what is not trained by gradients."""
+
+
+class ChannelMixer(Teller, ABC):
     """(B, T, D) to (B, T, D), each token by itself unless the layout says what came before it."""
 
     @abstractmethod
@@ -35,13 +46,6 @@ class ChannelMixer(nn.Module, ABC):
     @abstractmethod
     def flops_per_token(self) -> int:
         """Operations of a forward pass per token; a multiply-add is 2."""
-
-    def measure_names(self) -> tuple[str, ...]:
-        """Of the sums in Aux.measures; empty where it has nothing to tell."""
-        return ()
-
-    def settle(self, measures: Sequence[float]) -> None:
-        """Told after every update the measures of the global batch, to adapt what is not trained by gradients."""
 
     def param_groups(self) -> list[ParamGroup]:
         """Parameters that the general rule (matrices decay, all else does not) does not fit."""

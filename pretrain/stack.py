@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.channel import Aux, ChannelMixer
+from pretrain.channel import Aux, Teller
 from pretrain.config import ModelConfig
 from pretrain.layout import Layout
 from pretrain.mixer import State
@@ -22,8 +22,8 @@ from pretrain.registry import Registry
 
 
 class StackOutput(NamedTuple):
-    """x_BTD: before the last norm. state: where the stream stands, None without one. aux: of the channel mixers that
-    tell something, in the order of `Stack.tellers()`."""
+    """x_BTD: before the last norm. state: where the stream stands, None without one. aux: of the parts that tell
+    something, in the order of `Stack.tellers()`."""
 
     x_BTD: Tensor
     state: State
@@ -69,9 +69,9 @@ class Stack(nn.Module, ABC):
         out = self(x_BTD, layout)
         return [out.x_BTD], out.aux
 
-    def tellers(self) -> list[tuple[str, ChannelMixer]]:
-        """Channel mixers with measures, by their names in this stack, in the order of a forward pass."""
-        return [(n, m) for n, m in self.named_modules() if isinstance(m, ChannelMixer) and m.measure_names()]
+    def tellers(self) -> list[tuple[str, Teller]]:
+        """Parts with measures, by their names in this stack, in the order of a forward pass."""
+        return [(n, m) for n, m in self.named_modules() if isinstance(m, Teller) and m.measure_names()]
 
     def run(self, segment: nn.Module, *inputs: Any) -> Any:
         """A segment's output; with `recompute`, in training, only its inputs are kept."""

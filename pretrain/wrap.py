@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pretrain.channel import Aux, ChannelMixer
+from pretrain.channel import Aux, Teller
 from pretrain.config import WrapConfig
 from pretrain.init import constant, declare
 from pretrain.layout import Layout
@@ -74,7 +74,7 @@ class Wrap(Stack):
     def segments(self) -> Sequence[nn.Module]:
         return self.inner.segments()
 
-    def tellers(self) -> list[tuple[str, ChannelMixer]]:
+    def tellers(self) -> list[tuple[str, Teller]]:
         """Those of the inner stack: what they tell in R passes is told once."""
         return [(f"inner.{name}", teller) for name, teller in self.inner.tellers()]
 
@@ -87,7 +87,7 @@ class Wrap(Stack):
 
 
 def merged(passes: Sequence[StackOutput]) -> tuple[Aux, ...]:
-    """What each channel mixer tells, over all passes: losses averaged, so that their weight is that of one pass, and
+    """What each part tells, over all passes: losses averaged, so that their weight is that of one pass, and
     measures summed."""
     return tuple(
         Aux(torch.stack([aux.loss for aux in told]).mean(), torch.stack([aux.measures for aux in told]).sum(0))
