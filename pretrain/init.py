@@ -18,7 +18,12 @@ Fill = Callable[[Tensor, torch.Generator], Tensor]
 
 def normal(std: float) -> Fill:
     """Independent normal values of mean 0."""
-    return lambda tensor, generator: _draw(tensor, generator).mul_(std)
+    return lambda tensor, generator: tensor.copy_(_fp32(tensor).normal_(generator=generator)).mul_(std)
+
+
+def uniform(limit: float) -> Fill:
+    """Independent values, uniform from -limit to limit."""
+    return lambda tensor, generator: tensor.copy_(_fp32(tensor).uniform_(-limit, limit, generator=generator))
 
 
 def constant(value: float) -> Fill:
@@ -45,13 +50,18 @@ def linear(fan_in: int, fan_out: int, *, bias: bool = False) -> nn.Linear:
 
 
 def residual(fan_in: int, fan_out: int, depth: int, *, bias: bool = False) -> nn.Linear:
-    """A linear layer that ends a residual branch of a model of `depth` blocks: all branches together begin at a
-    quarter of the size of a linear layer's output, so that at first each token is mostly itself.
+    """A linear layer that ends a residual branch of a model of `depth` blocks, with a `residual_weight`."""
+    return _linear(fan_in, fan_out, bias, residual_weight(fan_in, depth))
+
+
+def residual_weight(fan_in: int, depth: int) -> Fill:
+    """The weight that ends a residual branch of a model of `depth` blocks: all branches together begin at a quarter of
+    the size of a linear layer's output, so that at first each token is mostly itself.
 
     A full size hides the token from later blocks and costs 0.02 nats (docs/BENCHMARKS.md); zero would let a tied head
     begin by repeating each token with a logit of sqrt(width).
     """
-    return _linear(fan_in, fan_out, bias, normal(0.25 / (2 * depth * fan_in) ** 0.5))
+    return normal(0.25 / (2 * depth * fan_in) ** 0.5)
 
 
 def embedding(count: int, width: int) -> nn.Embedding:
@@ -80,6 +90,6 @@ def initialise(model: nn.Module, seed: int) -> None:
             fills[name](parameter, generator)
 
 
-def _draw(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal values drawn on the CPU in fp32, so that they do not depend on device or precision."""
-    return tensor.copy_(torch.empty(tensor.shape, dtype=torch.float32).normal_(generator=generator))
+def _fp32(tensor: Tensor) -> Tensor:
+    """Room of the same shape on the CPU in fp32: what is drawn there does not depend on device or precision."""
+    return torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
