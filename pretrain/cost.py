@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pretrain.config import EngineConfig
+from pretrain.members import MemberTables
 from pretrain.model import Model
 
 # dense bf16 and fp32 (TF32 off) peaks as the makers state them, in TFLOP/s; of two names that fit, the first holds
@@ -40,9 +41,12 @@ class Cost:
 
 def cost_of(model: Model) -> Cost:
     """The cost of a model; it may be on the meta device."""
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding | MemberTables)]
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
-        embedding_parameters=sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)),
+        embedding_parameters=sum(
+            m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding | MemberTables)
+        ),
         flops_per_token=3 * model.flops_per_token(),
         state_bytes=model.state_bytes(model.length),
     )

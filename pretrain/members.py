@@ -49,12 +49,12 @@ class Members(nn.Module):
         """The module of one member, without values."""
         return self._template[0]
 
-    def forward(self, *inputs: Any, shared: Sequence[Any] = ()) -> Any:
-        """inputs: tensors, or trees of them, of all members. shared: what every member is given besides."""
+    def forward(self, *inputs: Any) -> Any:
+        """inputs: tensors, or trees of them, of all members; anything else is given to each as it is."""
         rest: list[Any] = []
 
         def one(parameters: dict[str, Tensor], *own: Any) -> tuple[Tensor, ...]:
-            leaves, tree = tree_flatten(functional_call(self.template, parameters, (*own, *shared)))
+            leaves, tree = tree_flatten(functional_call(self.template, parameters, own))
             rest[:] = [torch.is_tensor(leaf) for leaf in leaves], leaves, tree
             return tuple(leaf for leaf in leaves if torch.is_tensor(leaf))
 
@@ -86,7 +86,7 @@ class Members(nn.Module):
 class MemberTables(Members):
     """Embeddings: a table for each member, read by the same ids."""
 
-    def forward(self, ids_BT: Tensor, *, shared: Sequence[Any] = ()) -> Tensor:
+    def forward(self, ids_BT: Tensor) -> Tensor:
         """(M, B, T, D): rows of each member's table."""
         table_MVD = self.stacked()["weight"]
         members, vocab, width = table_MVD.shape
@@ -97,5 +97,3 @@ class MemberTables(Members):
 def members_of(model: nn.Module) -> list[tuple[str, Members]]:
     """Every place in a model where members are run as one, by its path."""
     return [(path, module) for path, module in model.named_modules() if isinstance(module, Members)]
-
-

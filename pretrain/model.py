@@ -72,6 +72,9 @@ class Model(nn.Module, ABC):
     def segments(self) -> Sequence[nn.Module]:
         """What `recompute` runs again, one after the other."""
 
+    def know_sources(self, sources: Sequence[str]) -> None:
+        """Told the names that `Batch.source_B` numbers, where the model treats them differently."""
+
     def begin_step(self, step: int) -> None:
         """Told before the forward passes of every step (from 0), for what changes over a run."""
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import ConfigError
-from pretrain.channel import ChannelMixer
 from pretrain.config import OptimConfig
-from pretrain.mixer import TokenMixer
+from pretrain.members import members_of
 
 STATE_KEYS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 """The tensors that each kind of optimizer keeps for a parameter."""
@@ -26,13 +25,14 @@ def param_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
 
     Matrices decay; vectors, embeddings and what a mixer excepts do not. With `muon`, matrices inside blocks go to Muon.
     """
-    special = _special(model)
-    tables = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    rules = _rules(model)
+    if config.name == "muon" and members_of(model):
+        raise ConfigError("muon is not for the stacked matrices of an ensemble; set optim.name=adamw")
     groups: dict[tuple[str, float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        factor, decays = special.get(name, (1.0, parameter.ndim >= 2 and name not in tables))
+        factor, decays = rules[name]
         muon = config.name == "muon" and parameter.ndim == 2 and decays and name.startswith("blocks.")
         kind = "muon" if muon else "adamw"
         group = groups.setdefault((kind, factor, decays), _new_group(kind, factor, decays, config))
@@ -48,14 +48,23 @@ def _new_group(kind: str, factor: float, decays: bool, config: OptimConfig) -> d
     return {"params": [], "names": [], "kind": kind, "lr": lr, "highest_lr": lr, "weight_decay": decay, **own}
 
 
+def _rules(model: nn.Module) -> dict[str, tuple[float, bool]]:
+    """Of every parameter the factor on its learning rate and whether it decays. Members have their template's."""
+    tables = {f"{path}.weight".lstrip(".") for path, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    rules = {name: (1.0, p.ndim >= 2 and name not in tables) for name, p in model.named_parameters()}
+    for path, members in members_of(model):
+        rules |= {f"{path}.{name.replace('.', '/')}": rule for name, rule in _rules(members.template).items()}
+    return rules | _special(model)
+
+
 def _special(model: nn.Module) -> dict[str, tuple[float, bool]]:
-    """What mixers except from the general rule: (factor on the learning rate, whether it decays) by full name.
+    """What parts except from the general rule by `param_groups()`: (factor on the learning rate, whether it decays).
 
     Raises ConfigError for a name that the mixer does not have: the general rule would silently hold for what was meant.
     """
     out: dict[str, tuple[float, bool]] = {}
     for path, module in model.named_modules():
-        if isinstance(module, TokenMixer | ChannelMixer):
+        if callable(getattr(module, "param_groups", None)):
             there = [name for name, _ in module.named_parameters()]
             for group in module.param_groups():
                 for name in group.names:
@@ -64,7 +73,7 @@ def _special(model: nn.Module) -> dict[str, tuple[float, bool]]:
                             f"param_groups() of {path} ({type(module).__name__}) names {name!r}, which is no parameter;"
                             f" it has {', '.join(there) or 'none'}"
                         )
-                    out[f"{path}.{name}"] = (group.lr, group.decay)
+                    out[f"{path}.{name}".lstrip(".")] = (group.lr, group.decay)
     return out
 
 

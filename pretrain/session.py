@@ -27,6 +27,8 @@ from pretrain.health import Heartbeat, StopRequests
 from pretrain.init import initialise
 from pretrain.lease import Lease
 from pretrain.log import Log, Silence
+from pretrain.member_names import MemberEngine
+from pretrain.members import members_of
 from pretrain.model import Model
 from pretrain.models.build import build
 from pretrain.optim import lr_scale
@@ -62,6 +64,7 @@ class Session:
         self._check_data()
         self._check_heldout()
         model = build(config.model, self.dataset.tokenizer.vocab)
+        model.know_sources(self.sources)
         self.cost = cost_of(model)
         self.engine = make_engine(model, config, self.ranks, self.device, self.micro, len(self.sources))
         fence = int(os.environ.get("LEVIATHAN_FENCE", "0"))
@@ -327,6 +330,13 @@ def make_engine(
     initialise(model, config.run.seed)
     if config.engine.activation_checkpointing:
         model.recompute()
+    engine = _bare_engine(model, config, ranks, device, micro, sources)
+    return MemberEngine(engine) if members_of(model) else engine
+
+
+def _bare_engine(
+    model: Model, config: RunConfig, ranks: Ranks, device: torch.device, micro: int, sources: int
+) -> Engine:
     if config.engine.name == "torch":
         if ranks.world > 1:
             raise ConfigError(f"engine.name torch runs one rank, not {ranks.world}; set engine.name=deepspeed")

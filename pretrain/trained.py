@@ -14,6 +14,7 @@ from pretrain.checkpoint_files import newest_readable, open_files
 from pretrain.config import RunConfig
 from pretrain.engine import PARAM
 from pretrain.evaluate import HeldOut, evaluate
+from pretrain.member_names import by_model_names
 from pretrain.model import Model
 from pretrain.models.build import build
 from pretrain.parallel import Ranks
@@ -36,10 +37,11 @@ def load_trained(folder: RunFolder, step: int | None = None, device: str = "cpu"
     found = newest_readable(folder, step)
     dataset = open_dataset(config.data)
     model = build(config.model, dataset.tokenizer.vocab).to_empty(device=device)
-    files = open_files(found)
+    model.know_sources(list(config.data.sources))
+    reader = by_model_names(open_files(found), model)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(files.tensor(name, PARAM))
+            parameter.copy_(reader.read(name, PARAM, 0, parameter.numel()).view(parameter.shape))
     return Trained(model.eval(), config, dataset, found.step)
 
 

@@ -6,6 +6,7 @@ import torch
 
 from pretrain.config import ModelConfig
 from pretrain.model import Model
+from pretrain.models.ensemble import LeviathanModelEnsemble
 from pretrain.models.language_model import LanguageModel
 
 
@@ -17,4 +18,4 @@ def build(config: ModelConfig, vocab: int) -> Model:
 
 def make_model(config: ModelConfig, vocab: int) -> Model:
     """The model on torch's default device, its parameters not yet filled."""
-    return LanguageModel(config, vocab)
+    return LeviathanModelEnsemble(config, vocab) if config.ensemble.modules else LanguageModel(config, vocab)

@@ -17,6 +17,10 @@ _EXPLICIT_BYTES = 64 << 20
 def attend(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTV: Tensor, layout: Layout, scale: float) -> Tensor:
     """softmax(scale q k^T) v, causal, within documents. Keys and values may have fewer heads (GQA). (B, H, T, V)."""
     grouped = k_BHTE.shape[1] != q_BHTE.shape[1]
+    if q_BHTE.device.type == "cpu" and torch._C._functorch.is_batchedtensor(q_BHTE):
+        # torch.func.vmap would run the CPU's own kernel in a loop
+        k_BHTE, v_BHTV = _as_many_heads(q_BHTE, k_BHTE, v_BHTV)
+        return _attend_explicit(q_BHTE, k_BHTE, v_BHTV, layout, scale)
     if q_BHTE.device.type == "cpu" and v_BHTV.shape[-1] != k_BHTE.shape[-1]:
         return _attend_narrow_values(q_BHTE, k_BHTE, v_BHTV, layout, scale)
     if layout.ramps:
@@ -31,19 +35,28 @@ def _attend_narrow_values(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale
     and for large ones, which must not be kept, values are padded."""
     rows, heads, length = q.shape[:3]
     if rows * heads * length * length * q.element_size() <= _EXPLICIT_BYTES:
-        # the mask is added by the matrix product itself: no pass of its own over the scores, forward or backward
-        bias = layout.mask_bias(q.dtype).expand(rows, heads, length, length).flatten(0, 1)
-        scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale)
-        return scores.softmax(-1).unflatten(0, (rows, heads)) @ v
+        return _attend_explicit(q, k, v, layout, scale)
     padded = attend(q, k, F.pad(v, (0, k.shape[-1] - v.shape[-1])), layout, scale)
     return padded[..., : v.shape[-1]]
 
 
+def _attend_explicit(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
+    """Scores are kept. The mask is added by the matrix product itself: no pass of its own over them."""
+    rows, heads, length = q.shape[:3]
+    bias = layout.mask_bias(q.dtype).expand(rows, heads, length, length).flatten(0, 1)
+    scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale)
+    return scores.softmax(-1).unflatten(0, (rows, heads)) @ v
+
+
+def _as_many_heads(q: Tensor, *kv: Tensor) -> list[Tensor]:
+    """Keys and values, each given to all queries of its group."""
+    groups = q.shape[1] // kv[0].shape[1]
+    return [x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in kv]
+
+
 def attend_naive(q_BHTE: Tensor, k_BHSE: Tensor, v_BHSV: Tensor, mask: Tensor, scale: float) -> Tensor:
     """The equation itself. mask: (B or 1, 1, T, S) bool, true where a query sees a key; keys may have fewer heads."""
-    groups = q_BHTE.shape[1] // k_BHSE.shape[1]
-    if groups > 1:
-        k_BHSE, v_BHSV = (x.repeat_interleave(groups, dim=1) for x in (k_BHSE, v_BHSV))
+    k_BHSE, v_BHSV = _as_many_heads(q_BHTE, k_BHSE, v_BHSV)
     scores = (q_BHTE * scale) @ k_BHSE.transpose(-1, -2)
     return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v_BHSV
 

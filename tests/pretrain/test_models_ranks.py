@@ -9,6 +9,15 @@ from tests.ranks import run_ranks
 WORKER, STAGES = "tests.pretrain.engine_worker", ["0", "1", "2", "3"]
 SMALL = {"width": 16, "depth": 2, "length": 24}
 MODELS: dict[str, dict[str, object]] = {
+    "module of an ensemble": {**SMALL, "ensemble": {"modules": ["one"]}},
+    "ensemble": {
+        **SMALL,
+        "ensemble": {"modules": ["one", "two"], "fusion": "mhc", "width": 16, "domains": {"0": "one"}},
+    },
+    "frozen ensemble": {
+        **SMALL,
+        "ensemble": {"modules": ["one", "two"], "fusion": "mhc", "width": 16, "freeze": "modules"},
+    },
     "blocks": {**SMALL, "mixers": [{"name": "correlation"}, {"name": "attention"}]},
 }
 

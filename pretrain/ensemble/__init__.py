@@ -1,0 +1,1 @@
+"""Parts of the LeviathanModelEnsemble: its configuration, coupling of a pair, fusion of modules."""

@@ -1,0 +1,55 @@
+"""What an ensemble is: modules of two models, how the two are coupled, how modules are combined, what is trained."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from configs.schema import Config, key
+
+Fusion = Literal["none", "mhc", "posterior", "uniform"]
+
+
+class EnsembleConfig(Config):
+    """The LeviathanModelEnsemble; off while `modules` is empty."""
+
+    modules: tuple[str, ...] = key((), "match", "names of the modules, two models each; empty: a single model")
+    couple_every: int = key(1, "match", "blocks between couplings of a module's two models; 0: never", ge=0)
+    couple_heads: int = key(4, "match", "heads of a coupling", gt=0)
+    couple_lags: int = key(4, "match", "lags of a coupling's correlation", gt=0)
+    alone_loss: float = key(0.3, "record", "weight of each model's own loss while a module is trained alone", ge=0)
+    fusion: Fusion = key("none", "match", "how modules are combined; `none` is for one module alone")
+    width: int = key(64, "match", "of `mhc`: width of the fusion", gt=0)
+    heads: int = key(4, "match", "of `mhc`: heads of the fusion", gt=0)
+    lags: int = key(4, "match", "of `mhc`: lags of the fusion's correlation", gt=0)
+    top: int = key(2, "match", "of `mhc`: modules kept for each token, the most relevant", gt=0)
+    memory: float = key(1.0, "match", "of `posterior`: share of the evidence left a token later", gt=0, le=1)
+    freeze: Literal["modules", "embeddings", "none"] = key("none", "match", "what is not trained")
+    domains: dict[str, str] = key({}, "match", "source of data: module it is for; empty: modules named as sources")
+    own_loss: float = key(0.1, "record", "weight of a module's own loss on its domain, jointly trained", ge=0)
+    domain_loss: float = key(0.1, "record", "weight of -log relevance of the right module, at first", ge=0)
+    domain_steps: int = key(100, "record", "steps over which `domain_loss` falls to 0", ge=0)
+    domain_from: int = key(16, "record", "tokens of a document that are read before its domain must be known", ge=0)
+    balance_loss: float = key(0.01, "record", "weight of uneven mean relevance, where no domain is known", ge=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> EnsembleConfig:
+        twice = sorted({name for name in self.modules if self.modules.count(name) > 1})
+        if twice:
+            raise ValueError(f"names the module {twice[0]!r} twice; give each a name of its own")
+        bad = [name for name in self.modules if not name or not name.replace("-", "_").isidentifier()]
+        if bad:
+            raise ValueError(f"calls a module {bad[0]!r}; use letters, digits, - and _, not a digit first")
+        if len(self.modules) > 1 and self.fusion == "none":
+            raise ValueError(f"has {len(self.modules)} modules but fusion none; choose mhc, posterior or uniform")
+        if self.fusion == "mhc" and self.top > len(self.modules):
+            raise ValueError(f"keeps the top {self.top} of {len(self.modules)} modules; set top to at most that")
+        if self.fusion == "mhc" and self.width % self.heads:
+            raise ValueError(f"has a fusion of width {self.width} for {self.heads} heads; make it a multiple")
+        lost = sorted(set(self.domains.values()) - set(self.modules))
+        if self.modules and lost:
+            raise ValueError(
+                f"sends a domain to {lost[0]!r}, which is no module; name one of {', '.join(self.modules)}"
+            )
+        return self

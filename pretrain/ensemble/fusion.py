@@ -1,0 +1,144 @@
+"""Combination of modules by correlation: of all modules and positions, what is relevant to each token.
+
+    u_t = Norm(sum_m W_u^m h^m_t),  q_t = W_q u_t,  k^m_s = W_k^m h^m_s,  v^m_s = W_v^m h^m_s
+    S[t, (m, s)] = E^-1/2 sum_{l < L} w_l <q_{t-l}, k^m_{s-l}>,  s <= t;   A = softmax over all (m, s)
+    relevance pi_{t,m} = mean over heads of sum_s A[t, (m, s)];  only the `top` modules are kept, A and pi renormalised
+    mixture p = sum_m pi_{t,m} softmax(z^m_t + W_o concat_h sum_{m, s} A v^m_s)
+
+The softmax over (m, s) is made of one over s for each module and one over modules of their log sums.
+
+Shapes: M modules, B rows, T tokens, S keys, D width of a module, F width of the fusion, H heads, E = F / H,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.correlation.lag import first_weights
+from pretrain.ensemble.config import EnsembleConfig
+from pretrain.init import constant, declare, linear, normal, values
+from pretrain.layout import Layout
+from pretrain.members import Members
+from pretrain.mixer import ParamGroup
+from pretrain.norms import RmsNorm
+from pretrain.ops.attention import lag_scores, stack_lags
+from pretrain.ops.heads import Cache, empty_cache, extend, visible
+
+
+class Fused(NamedTuple):
+    """log_pi_MBT: log of the relevance, -inf for modules that are left out. found_BTF: what was found, before W_o."""
+
+    log_pi_MBT: Tensor
+    found_BTF: Tensor
+
+
+class Stream(NamedTuple):
+    """Keys and values of all modules (B, M H, S, E), and the last L - 1 queries' products with them."""
+
+    cache: Cache
+    rows: Tensor
+
+
+class Fusion(nn.Module):
+    """One for the whole ensemble; what it keeps for a module is named as that module's own."""
+
+    def __init__(self, config: EnsembleConfig, width: int, vocab: int) -> None:
+        super().__init__()
+        modules, own = list(config.modules), config.width
+        self.count, self.heads, self.lags, self.top = len(modules), config.heads, config.lags, config.top
+        self.width, self.inner, self.vocab = width, own, vocab
+        self.scale = (own // config.heads) ** -0.5
+        self.mix = Members(lambda: _linear(width, own, (len(modules) * width) ** -0.5), modules)
+        self.norm = RmsNorm(own)
+        self.query = linear(own, own)
+        self.key_value = Members(lambda: linear(width, 2 * own), modules)
+        self.weights = nn.Parameter(torch.empty(self.heads, self.lags, 1))
+        declare(self, {"weights": values(lambda: first_weights("geometric", self.heads, self.lags)[..., None])})
+        self.out = nn.Linear(own, vocab, bias=False)
+        declare(self.out, {"weight": constant(0.0)})
+
+    def forward(
+        self, h_MBTD: Tensor, layout: Layout, present: Sequence[bool], state: Stream | None = None
+    ) -> tuple[Fused, Stream | None]:
+        """What is relevant to each token. present: of each module whether it is there at all."""
+        there = torch.tensor(present, dtype=h_MBTD.dtype, device=h_MBTD.device).view(-1, 1, 1, 1)
+        h_MBTD = h_MBTD * there
+        q = self.query(self.norm(self.mix(h_MBTD).sum(0))).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = self._all_heads(self.key_value(h_MBTD))
+        weights = self.weights.to(q.dtype)
+        if state is None:
+            scores, v_all = self._scores(q, k, weights, layout), v
+        else:
+            scores, state = self._stream(q, k, v, weights, layout, state)
+            v_all = state.cache.v
+        return self._combined(scores, v_all, there.view(1, -1, 1, 1) > 0), state
+
+    def _all_heads(self, kv_MBTF: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, M H, T, E) keys and values of all modules."""
+        parts = kv_MBTF.unflatten(-1, (2, self.heads, -1)).permute(3, 1, 0, 4, 2, 5).flatten(2, 3)
+        return parts[0], parts[1]
+
+    def _scores(self, q: Tensor, k: Tensor, weights: Tensor, layout: Layout) -> Tensor:
+        """(B, M H, T, T), -inf where a query may not see."""
+        stacked_q = stack_lags(q, weights, self.lags, layout).repeat(1, self.count, 1, 1)
+        stacked_k = stack_lags(k, None, self.lags, layout)
+        rows, heads, length = k.shape[:3]
+        bias = layout.mask_bias(q.dtype).expand(rows, heads, length, length).flatten(0, 1)
+        scores = torch.baddbmm(bias, stacked_q.flatten(0, 1), stacked_k.flatten(0, 1).transpose(1, 2), alpha=self.scale)
+        return scores.unflatten(0, (rows, heads))
+
+    def _stream(
+        self, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, layout: Layout, state: Stream
+    ) -> tuple[Tensor, Stream]:
+        cache = extend(state.cache, k, v, layout)
+        before = torch.nn.functional.pad(state.rows, (0, k.shape[2]))
+        queries = (q * self.scale).repeat(1, self.count, 1, 1)
+        rows = torch.cat((before, queries @ cache.k.transpose(-1, -2)), dim=2)
+        every = weights.repeat(self.count, 1, 1)[..., 0]
+        scores = lag_scores(rows, every, layout.pos_BT, cache.pos_BS)
+        scores = scores.masked_fill(~visible(layout, cache), -torch.inf)
+        return scores, Stream(cache, rows[:, :, rows.shape[2] - (self.lags - 1) :])
+
+    def _combined(self, scores: Tensor, v: Tensor, there: Tensor) -> Fused:
+        size = (self.count, self.heads)
+        total = scores.logsumexp(-1, keepdim=True)
+        found = ((scores - total).exp() @ v).unflatten(1, size)
+        log_mass = total.squeeze(-1).unflatten(1, size).masked_fill(~there, -torch.inf).log_softmax(1)
+        log_pi_BMT = log_mass.logsumexp(2) - torch.tensor(self.heads).log().to(log_mass.dtype)
+        least = log_pi_BMT.topk(self.top, dim=1).values[:, -1:]
+        left_out = (log_pi_BMT < least) | ~there.view(1, -1, 1)
+        log_pi_BMT = log_pi_BMT.masked_fill(left_out, -torch.inf).log_softmax(1)
+        mass = log_mass.masked_fill(left_out[:, :, None], -torch.inf).softmax(1)
+        found_BHTE = (mass[..., None] * found).sum(1)
+        return Fused(log_pi_BMT.transpose(0, 1), found_BHTE.transpose(1, 2).flatten(2))
+
+    def initial_state(self, rows: int, like: Tensor) -> Stream:
+        """The state before the first token of `rows` streams."""
+        heads = self.count * self.heads
+        return Stream(
+            empty_cache(rows, heads, self.inner // self.heads, like), like.new_zeros(rows, heads, self.lags - 1, 0)
+        )
+
+    def flops_per_token(self, length: int) -> int:
+        """Operations of a forward pass per token of a row of `length`, W_o included."""
+        by_module = 6 * self.width * self.inner + (self.lags + 1) * length * self.inner
+        return self.count * by_module + 2 * self.inner * self.inner + 2 * self.inner * self.vocab
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of the state of one sequence after `length` tokens, in bf16."""
+        return 2 * self.count * (2 * self.inner + self.heads * (self.lags - 1)) * length
+
+    def param_groups(self) -> list[ParamGroup]:
+        """Weights of lags do not decay."""
+        return [ParamGroup(("weights",), decay=False)]
+
+
+def _linear(fan_in: int, fan_out: int, std: float) -> nn.Linear:
+    layer = nn.Linear(fan_in, fan_out, bias=False)
+    declare(layer, {"weight": normal(std)})
+    return layer

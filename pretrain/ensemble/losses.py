@@ -1,0 +1,85 @@
+"""Losses of many heads at once, a chunk of tokens at a time, and the evidence that tokens give for modules.
+
+Shapes: K models (two for each of M modules), N tokens, D width, V vocabulary, F width of the fusion.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from data_pipeline.batch import IGNORE
+from pretrain.layout import Layout
+from pretrain.ops.loss import CHUNK_ELEMENTS
+
+
+class Heads(NamedTuple):
+    """weight_KVD, bias_KV: of each model's head. out_VF: of the fusion, where there is one."""
+
+    weight_KVD: Tensor
+    bias_KV: Tensor | None
+    out_VF: Tensor | None
+
+
+def module_logits(h_KND: Tensor, found_NF: Tensor | None, heads: Heads) -> tuple[Tensor, Tensor]:
+    """Logits of modules (M, N, V), the mean of their two models' and what fusion adds, and of models (K, N, V)."""
+    logits_KNV = h_KND @ heads.weight_KVD.transpose(1, 2)
+    if heads.bias_KV is not None:
+        logits_KNV = logits_KNV + heads.bias_KV[:, None]
+    if logits_KNV.dtype not in (torch.float32, torch.float64):
+        logits_KNV = logits_KNV.float()
+    logits_MNV = logits_KNV.unflatten(0, (-1, 2)).mean(1)
+    if found_NF is not None and heads.out_VF is not None:
+        logits_MNV = logits_MNV + F.linear(found_NF, heads.out_VF).to(logits_MNV.dtype)
+    return logits_MNV, logits_KNV
+
+
+def module_losses(
+    h_KND: Tensor, found_NF: Tensor | None, heads: Heads, targets_N: Tensor, each: bool
+) -> tuple[Tensor, Tensor | None]:
+    """-log p[target] by module (M, N) and, if `each` is wanted, by model (K, N); 0 where the target is IGNORE.
+
+    Logits exist a chunk of tokens at a time; where one chunk is not all, they are made again in the backward pass.
+    """
+    size = max(1, CHUNK_ELEMENTS // (heads.weight_KVD.shape[0] * heads.weight_KVD.shape[1]))
+    spans = [slice(at, at + size) for at in range(0, len(targets_N), size)]
+    again = len(spans) > 1 and torch.is_grad_enabled()
+    by_module: list[Tensor] = []
+    by_model: list[Tensor] = []
+    for span in spans:
+        found = None if found_NF is None else found_NF[span]
+        inputs = (h_KND[:, span], found, heads, targets_N[span], each)
+        loss, own = checkpoint(_losses, *inputs, use_reentrant=False) if again else _losses(*inputs)
+        by_module.append(loss)
+        by_model += [] if own is None else [own]
+    return torch.cat(by_module, 1), torch.cat(by_model, 1) if each else None
+
+
+def _losses(
+    h_KND: Tensor, found_NF: Tensor | None, heads: Heads, targets_N: Tensor, each: bool
+) -> tuple[Tensor, Tensor | None]:
+    logits_MNV, logits_KNV = module_logits(h_KND, found_NF, heads)
+    return _cross_entropy(logits_MNV, targets_N), _cross_entropy(logits_KNV, targets_N) if each else None
+
+
+def _cross_entropy(logits_MNV: Tensor, targets_N: Tensor) -> Tensor:
+    flat, targets = logits_MNV.flatten(0, 1), targets_N.repeat(len(logits_MNV))
+    return F.cross_entropy(flat, targets, ignore_index=IGNORE, reduction="none").view(logits_MNV.shape[:2])
+
+
+def evidence(told_MBT: Tensor, layout: Layout, before_MB: Tensor, memory: float) -> Tensor:
+    """(M, B, T): log of what the tokens of a document so far say for each module, up to a constant.
+
+    told_MBT: each module's loss of token t given those before it, 0 at a document's start. before_MB: the evidence at
+    the last token of the stream. memory: share that is left a token later; 1 is the exact posterior.
+    """
+    evidence_MB, steps = before_MB, []
+    begins_BT = layout.pos_BT == 0
+    for t in range(told_MBT.shape[2]):
+        evidence_MB = (memory * evidence_MB - told_MBT[:, :, t]).masked_fill(begins_BT[:, t], 0.0)
+        steps.append(evidence_MB)
+    return torch.stack(steps, dim=2)

@@ -1,0 +1,133 @@
+"""The models of an ensemble: modules of two, coupled after blocks, all of them run at once.
+
+Shapes: K models (2 for each module: the first, the second), B rows, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pretrain.block import make_block, site_of
+from pretrain.channel import Aux
+from pretrain.config import ModelConfig
+from pretrain.ensemble.coupling import Coupling
+from pretrain.init import embedding, linear
+from pretrain.layout import Layout
+from pretrain.members import Members, MemberTables
+from pretrain.mixer import State
+from pretrain.norms import make_norm
+from pretrain.wrap import Shift
+
+FIRST, SECOND = "a", "b"
+
+
+class LayerState(NamedTuple):
+    """State of a layer's blocks and of its couplings, of all models."""
+
+    blocks: State
+    couplings: State
+
+
+class Layer(nn.Module):
+    """One block of every model, and the couplings after it, if it has any."""
+
+    def __init__(self, config: ModelConfig, layer: int, names: Sequence[str]) -> None:
+        super().__init__()
+        ensemble = config.ensemble
+        self.blocks = Members(lambda: make_block(config, layer), names)
+        coupled = ensemble.couple_every and (layer + 1) % ensemble.couple_every == 0
+        site, heads, lags = site_of(config, layer), ensemble.couple_heads, ensemble.couple_lags
+        self.couplings = Members(lambda: Coupling(site, config.norm, heads, lags), names) if coupled else None
+
+    def forward(self, x_KBTD: Tensor, layout: Layout, state: LayerState | None) -> tuple[Tensor, Any, Aux | None]:
+        block_state, state_of_couplings = (None, None) if state is None else state
+        x_KBTD, block_state, aux = self.blocks(x_KBTD, layout, block_state)
+        if self.couplings is not None:
+            other_KBTD = x_KBTD.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+            x_KBTD, state_of_couplings = self.couplings(x_KBTD, other_KBTD, state_of_couplings, layout)
+        return x_KBTD, None if state is None else LayerState(block_state, state_of_couplings), aux
+
+
+class Pairs(nn.Module):
+    """All models from ids to (K, B, T, D) after the last norm. A wrapped stack is run `passes` times."""
+
+    def __init__(self, config: ModelConfig, vocab: int) -> None:
+        super().__init__()
+        names = [f"{module}.{which}" for module in config.ensemble.modules for which in (FIRST, SECOND)]
+        self.width, self.vocab, self.count, self.recompute = config.width, vocab, len(names), False
+        self.embed = MemberTables(lambda: embedding(vocab, config.width), names)
+        learned = config.positions == "learned"
+        self.places = MemberTables(lambda: embedding(config.length, config.width), names) if learned else None
+        self.passes = config.wrap.passes
+        shifts = range(self.passes if self.passes > 1 else 0)
+        self.shifts = nn.ModuleList(Members(lambda: Shift(config.width), names) for _ in shifts)
+        self.layers = nn.ModuleList(Layer(config, layer, names) for layer in range(config.depth))
+        self.norm = Members(lambda: make_norm(config.norm, config.width, config.bias), names)
+        self.head = None if config.tie else Members(lambda: linear(config.width, vocab, bias=config.bias), names)
+
+    def forward(
+        self, tokens_BT: Tensor, layout: Layout, states: Sequence[Any] | None = None
+    ) -> tuple[Tensor, tuple[Any, ...], list[Aux]]:
+        """(K, B, T, D), the layers' states in the order they were run, and what channel mixers tell of all models."""
+        x_KBTD, after, auxes = self.embed(tokens_BT), [], []
+        if self.places is not None:
+            x_KBTD = x_KBTD + self.places(layout.pos_BT)
+        before = iter(states or [None] * (self.passes * len(self.layers)))
+        for number in range(self.passes):
+            if self.passes > 1:
+                x_KBTD = self.shifts[number](x_KBTD)
+            for layer in self.layers:
+                x_KBTD, state, aux = self._run(layer, x_KBTD, layout, next(before))
+                after.append(state)
+                auxes += [aux] if aux is not None else []
+        return self.norm(x_KBTD), tuple(after), auxes
+
+    def _run(self, layer: nn.Module, *inputs: Any) -> Any:
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+    def head_weights(self) -> tuple[Tensor, Tensor | None]:
+        """(K, V, D) and (K, V): of every model's head."""
+        # by attribute: whoever shards parameters sees here that the table is needed outside its own module
+        table: Any = self.embed if self.head is None else self.head
+        return table.weight, getattr(table, "bias", None)
+
+    def initial_state(self, rows: int) -> tuple[LayerState, ...]:
+        """The layers' states before the first token of `rows` streams."""
+        like, once = self.head_weights()[0], []
+        for layer in self._layers():
+            parts = [layer.blocks.template.mixer, None if layer.couplings is None else layer.couplings.template]
+            states = [None if part is None else part.initial_state(rows, like) for part in parts]
+            once.append(LayerState(*(self._of_all(state) for state in states)))
+        return tuple(once) * self.passes
+
+    def _of_all(self, state: State) -> State:
+        def stacked(leaf: Any) -> Any:
+            return leaf.expand(self.count, *leaf.shape) if torch.is_tensor(leaf) else leaf
+
+        return torch.utils._pytree.tree_map(stacked, state)
+
+    def flops_per_token(self, length: int) -> int:
+        """Operations of a forward pass of all models per token of a row of `length`, heads included."""
+        once = 0
+        for layer in self._layers():
+            once += layer.blocks.template.flops_per_token(length)
+            once += 0 if layer.couplings is None else layer.couplings.template.flops_per_token(length)
+        return self.count * (self.passes * once + 2 * self.width * self.vocab)
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of the state of one sequence after `length` tokens, in bf16, of all models."""
+        once = 0
+        for layer in self._layers():
+            once += layer.blocks.template.mixer.state_bytes(length)
+            once += 0 if layer.couplings is None else layer.couplings.template.state_bytes(length)
+        return self.count * self.passes * once
+
+    def _layers(self) -> list[Any]:
+        return list(self.layers)

@@ -1,0 +1,235 @@
+"""The LeviathanModelEnsemble: modules of two coupled models, each for a kind of text, combined by what is relevant.
+
+    h^m = (Norm(x_a) + Norm(x_b)) / 2,   z^m = (z_a + z_b) / 2             of the two models of module m
+    p(x_{t+1} | x_<=t) = sum_m pi_{t,m} softmax(z^m_t + Delta z_t)          in one row, one document
+
+`fusion` gives pi: `mhc`, a correlation over modules and positions (pretrain/ensemble/fusion.py); `posterior`, what the
+tokens so far say for each module, which needs no training: never worse than the best module by more than log M a
+document (DEMix, arXiv 2108.05036; Branch-Train-Merge, arXiv 2208.03306); `uniform`. A module alone is trained first,
+by its own loss and a part of its two models' own.
+
+Source: "Leviathan" (attention-free-revolution) names eight models in four modules and "only the relevant part"; every
+equation here is this project's.
+
+Shapes: M modules, K = 2 M models, B rows, T tokens, N = B T, D width, V vocabulary, F width of the fusion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import ConfigError, UsageError
+from data_pipeline.batch import IGNORE, Batch
+from pretrain.config import ModelConfig
+from pretrain.ensemble.fusion import Fusion
+from pretrain.ensemble.losses import Heads, evidence, module_logits, module_losses
+from pretrain.ensemble.pairs import Pairs
+from pretrain.layout import Layout
+from pretrain.model import LossParts, Model
+from pretrain.models.language_model import going_on, with_aux
+
+
+class StreamState(NamedTuple):
+    """Where a stream stands. evidence_MB, last_MBV: what was told so far, and log p of the token that comes."""
+
+    layers: tuple[Any, ...]
+    fusion: Any
+    evidence_MB: Tensor
+    last_MBV: Tensor
+    pos_B: Tensor
+    doc_B: Tensor
+
+
+class LeviathanModelEnsemble(Model):
+    """All modules at once; with one module, what is trained before they are joined."""
+
+    def __init__(self, config: ModelConfig, vocab: int) -> None:
+        super().__init__()
+        self.config, self.vocab, self.length = config.ensemble, vocab, config.length
+        if config.stack.name != ModelConfig().stack.name or config.logits.hidden:
+            raise ConfigError("an ensemble's models are plain blocks; leave model.stack and model.logits as they are")
+        self.modules_named = list(config.ensemble.modules)
+        self.models = Pairs(config, vocab)
+        mhc = config.ensemble.fusion == "mhc"
+        self.fusion = Fusion(config.ensemble, config.width, vocab) if mhc else None
+        self.present = [True] * len(self.modules_named)
+        self._sources: list[str] = []
+        self._step = 0
+        frozen: dict[str, list[nn.Module]] = {"modules": [self.models], "embeddings": [self.models.embed], "none": []}
+        for part in frozen[config.ensemble.freeze]:
+            part.requires_grad_(False)
+
+    # ---- losses
+
+    def forward(self, batch: Batch) -> LossParts:
+        layout = Layout(batch.doc_BT, batch.pos_BT, not batch.packed)
+        h_KBTD, _, auxes = self.models(batch.tokens_BT, layout)
+        log_pi_MBT, found_BTF, _ = self._relevance(h_KBTD, layout, None)
+        found_NF = None if found_BTF is None else found_BTF.flatten(0, 1)
+        alone, targets_N = len(self.modules_named) == 1, batch.targets_BT.reshape(-1)
+        loss_MN, own_KN = module_losses(h_KBTD.flatten(1, 2), found_NF, self._heads(), targets_N, alone)
+        loss_MBT = loss_MN.unflatten(1, batch.targets_BT.shape)
+        if self.config.fusion == "posterior":
+            log_pi_MBT = self._posterior(_arrived(loss_MBT, layout), layout, loss_MBT.new_zeros(loss_MBT.shape[:2]))
+        counted_BT = batch.targets_BT != IGNORE
+        loss_BT = -torch.logsumexp(log_pi_MBT - loss_MBT, dim=0).masked_fill(~counted_BT, 0.0)
+        total = loss_BT.sum()
+        if alone and own_KN is not None:
+            total = total + self.config.alone_loss * own_KN.sum()
+        elif self.training:
+            total = total + self._joint_losses(batch, log_pi_MBT, loss_MBT, counted_BT)
+        measures = self._measures(batch, log_pi_MBT, loss_MBT, counted_BT)
+        if auxes:
+            total, _ = with_aux(total, tuple(aux._replace(loss=aux.loss.mean()) for aux in auxes), batch.count)
+        return LossParts(total, loss_BT.detach(), measures)
+
+    def _relevance(self, h_KBTD: Tensor, layout: Layout, state: Any) -> tuple[Tensor, Tensor | None, Any]:
+        """Log of the relevance (M, B, T) where it does not depend on losses, else uniform; what fusion found."""
+        if self.fusion is not None:
+            h_MBTD = h_KBTD.unflatten(0, (-1, 2)).mean(1)
+            fused, state = self.fusion(h_MBTD, layout, self.present, state)
+            return fused.log_pi_MBT, fused.found_BTF, state
+        size = (len(self.present), *h_KBTD.shape[1:3])
+        return self._among_present(h_KBTD.new_zeros(size)), None, state
+
+    def _posterior(self, told_MBT: Tensor, layout: Layout, before_MB: Tensor) -> Tensor:
+        return self._among_present(evidence(told_MBT, layout, before_MB, self.config.memory))
+
+    def _among_present(self, score_MBT: Tensor) -> Tensor:
+        there = torch.tensor(self.present, device=score_MBT.device).view(-1, 1, 1)
+        return score_MBT.masked_fill(~there, -torch.inf).log_softmax(0)
+
+    def _joint_losses(self, batch: Batch, log_pi_MBT: Tensor, loss_MBT: Tensor, counted_BT: Tensor) -> Tensor:
+        """What is added to the mixture's loss, summed over counted targets: of the right module, where it is known."""
+        config, right_B = self.config, self._right_modules(batch.source_B)
+        known_B = right_B >= 0
+        at = right_B.clamp_min(0)[None, :, None].expand(1, *counted_BT.shape)
+        of_right_BT = counted_BT & known_B[:, None]
+        extra = config.own_loss * (loss_MBT.gather(0, at)[0] * of_right_BT).sum()
+        weight = config.domain_loss * max(0.0, 1 - self._step / config.domain_steps) if config.domain_steps else 0.0
+        if weight:
+            judged_BT = of_right_BT & (batch.pos_BT >= config.domain_from)
+            # a module that was left out has no relevance at all: as little as one token in a million stands for it
+            log_pi_BT = log_pi_MBT.gather(0, at)[0].clamp_min(-13.8)
+            extra = extra - weight * (log_pi_BT * judged_BT).sum()
+        if config.balance_loss:
+            unknown_BT = counted_BT & ~known_B[:, None]
+            share_M = (log_pi_MBT.exp() * unknown_BT).sum((1, 2)) / unknown_BT.sum().clamp_min(1)
+            extra = extra + config.balance_loss * len(share_M) * share_M.square().sum() * unknown_BT.sum()
+        return extra
+
+    def _right_modules(self, source_B: Tensor) -> Tensor:
+        """The number of the module that each row's source is for; -1 where none is."""
+        names = [self.config.domains.get(name, name) for name in self._sources]
+        numbers = [self.modules_named.index(n) if n in self.modules_named else -1 for n in names] or [-1]
+        return torch.tensor(numbers, device=source_B.device)[source_B.clamp_max(len(numbers) - 1)]
+
+    def _heads(self) -> Heads:
+        weight, bias = self.models.head_weights()
+        return Heads(weight, bias, None if self.fusion is None else self.fusion.out.weight)
+
+    # ---- decoding, which is also what logits are made by
+
+    def logits(self, tokens_BT: Tensor, layout: Layout) -> Tensor:
+        """(B, T, V): log of the mixture's probabilities."""
+        h_KBTD, _, _ = self.models(tokens_BT, layout)
+        log_pi_MBT, found_BTF, _ = self._relevance(h_KBTD, layout, None)
+        rows = tokens_BT.shape[0]
+        return self._mixed(h_KBTD, found_BTF, log_pi_MBT, tokens_BT, layout, *self._nothing_told(rows, h_KBTD))[0]
+
+    def decode(self, tokens_BT: Tensor, state: StreamState, layout: Layout | None = None) -> tuple[Tensor, StreamState]:
+        layout = layout or going_on(state.pos_B, state.doc_B, tokens_BT.shape[1])
+        if self.models.places is not None and int(layout.pos_BT.max()) >= self.length:
+            raise UsageError(
+                f"this model has learned positions for {self.length} tokens and cannot go on after them;"
+                " use a shorter prompt or fewer tokens, or train with model.positions rope"
+            )
+        h_KBTD, layers, _ = self.models(tokens_BT, layout, state.layers)
+        log_pi_MBT, found_BTF, fusion = self._relevance(h_KBTD, layout, state.fusion)
+        told = (state.evidence_MB, state.last_MBV)
+        mixed, evidence_MB, last_MBV = self._mixed(h_KBTD, found_BTF, log_pi_MBT, tokens_BT, layout, *told)
+        after = StreamState(layers, fusion, evidence_MB, last_MBV, layout.pos_BT[:, -1], layout.doc_BT[:, -1])
+        return mixed, after
+
+    def _mixed(
+        self, h_KBTD: Tensor, found_BTF: Tensor | None, log_pi_MBT: Tensor, tokens_BT: Tensor, layout: Layout,
+        before_MB: Tensor, last_MBV: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """(B, T, V) log p of the mixture, and the evidence and each module's log p at the end."""
+        found_NF = None if found_BTF is None else found_BTF.flatten(0, 1)
+        logits_MNV, _ = module_logits(h_KBTD.flatten(1, 2), found_NF, self._heads())
+        log_p_MBTV = logits_MNV.log_softmax(-1).unflatten(1, tokens_BT.shape)
+        if self.config.fusion == "posterior":
+            expected = torch.cat((last_MBV[:, :, None], log_p_MBTV[:, :, :-1]), dim=2)
+            ids = tokens_BT[None, :, :, None].expand(len(expected), *tokens_BT.shape, 1)
+            told_MBT = -expected.gather(-1, ids).squeeze(-1).masked_fill(layout.pos_BT == 0, 0.0)
+            evidence_MBT = evidence(told_MBT, layout, before_MB, self.config.memory)
+            log_pi_MBT, before_MB = self._among_present(evidence_MBT), evidence_MBT[:, :, -1]
+        return torch.logsumexp(log_pi_MBT[..., None] + log_p_MBTV, dim=0), before_MB, log_p_MBTV[:, :, -1]
+
+    def _nothing_told(self, rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        size = (len(self.modules_named), rows)
+        return like.new_zeros(size), like.new_zeros(*size, self.vocab)
+
+    def initial_state(self, rows: int) -> StreamState:
+        like = self.models.head_weights()[0]
+        fusion = None if self.fusion is None else self.fusion.initial_state(rows, like)
+        ones = torch.ones(rows, dtype=torch.long, device=like.device)
+        return StreamState(self.models.initial_state(rows), fusion, *self._nothing_told(rows, like), -ones, 0 * ones)
+
+    # ---- what it is asked besides
+
+    def without(self, names: Sequence[str]) -> None:
+        """From now on leave these modules out; the relevance of the others adds up to 1. Raises UsageError."""
+        lost = sorted(set(names) - set(self.modules_named))
+        if lost:
+            raise UsageError(f"there is no module {lost[0]!r}; this ensemble has {', '.join(self.modules_named)}")
+        self.present = [name not in names for name in self.modules_named]
+        if not any(self.present):
+            raise UsageError("all modules are left out; keep at least one")
+
+    def know_sources(self, sources: Sequence[str]) -> None:
+        self._sources = list(sources)
+
+    def begin_step(self, step: int) -> None:
+        self._step = step
+
+    def measure_names(self) -> list[str]:
+        if len(self.modules_named) == 1:
+            return []
+        of_each = [f"{what}/{name}" for what in ("relevance", "loss") for name in self.modules_named]
+        return [f"{source}/{what}" for source in self._sources for what in ("tokens", *of_each)]
+
+    def _measures(self, batch: Batch, log_pi_MBT: Tensor, loss_MBT: Tensor, counted_BT: Tensor) -> Tensor | None:
+        """Per source: counted tokens, and sums over them of relevance and loss of each module."""
+        if not self.measure_names():
+            return None
+        with torch.no_grad():
+            parts = torch.cat((torch.ones_like(loss_MBT[:1]), log_pi_MBT.exp(), loss_MBT))
+            rows_BP = (parts * counted_BT).sum(2).T.double()
+            sums = rows_BP.new_zeros(len(self._sources), rows_BP.shape[1])
+            return sums.index_add_(0, batch.source_B, rows_BP).flatten()
+
+    def flops_per_token(self) -> int:
+        fusion = 0 if self.fusion is None else self.fusion.flops_per_token(self.length)
+        return self.models.flops_per_token(self.length) + fusion
+
+    def state_bytes(self, length: int) -> int:
+        fusion = 0 if self.fusion is None else self.fusion.state_bytes(length)
+        told = 2 * len(self.modules_named) * (1 + self.vocab)
+        return self.models.state_bytes(length) + fusion + told
+
+    def recompute(self) -> None:
+        self.models.recompute = True
+
+    def segments(self) -> Sequence[nn.Module]:
+        return list(self.models.layers)
+
+
+def _arrived(loss_MBT: Tensor, layout: Layout) -> Tensor:
+    """Each module's loss of token t given those before it: that of the target of t - 1; 0 at a document's start."""
+    return torch.nn.functional.pad(loss_MBT[:, :, :-1], (1, 0)).masked_fill(layout.pos_BT == 0, 0.0)

@@ -1,0 +1,315 @@
+"""The ensemble against its equations, its modules alone, and the guarantees it gives."""
+
+from __future__ import annotations
+
+from math import log
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs.errors import ConfigError, UsageError
+from configs.load import Layers
+from configs.load import build as checked
+from data_pipeline.batch import IGNORE, Batch
+from pretrain.block import Block
+from pretrain.config import ModelConfig
+from pretrain.ensemble.coupling import Coupling
+from pretrain.layout import Layout
+from pretrain.members import members_of
+from pretrain.models.build import build
+from pretrain.models.language_model import LanguageModel
+from tests.contract.cases import noise, packed, piece, shaken, tokens
+
+ROWS, LENGTH, VOCAB, WIDTH = 3, 48, 61, 16
+MODULES = ["one", "two", "three", "four"]
+FUSIONS = ["mhc", "posterior", "uniform"]
+over_fusions = pytest.mark.parametrize("fusion", FUSIONS)
+
+
+def config_of(modules=MODULES, **ensemble):
+    mixers = [{"name": "correlation", "options": {"heads": 2, "lags": 2}}]
+    own = {"couple_heads": 2, "couple_lags": 2, "width": 16, "heads": 2, "lags": 2, "top": min(2, len(modules))}
+    keys = {key: ensemble.pop(key) for key in list(ensemble) if key in ModelConfig.model_fields}
+    return checked(
+        ModelConfig,
+        Layers({"width": WIDTH, "depth": 2, "length": LENGTH, "mixers": mixers, **keys,
+                "ensemble": {"modules": list(modules), **own, **ensemble}}),
+    )  # fmt: skip
+
+
+def make(modules=MODULES, **ensemble):
+    """An ensemble in float64 with random parameters, none of them zero."""
+    model = shaken(build(config_of(modules, **ensemble), VOCAB).to_empty(device="cpu"))
+    model.know_sources(modules)
+    return model
+
+
+def batch_of(layout: Layout, source=(0, 1, 2)) -> Batch:
+    ids = tokens(rows=ROWS, length=LENGTH + 1)
+    last = torch.diff(layout.doc_BT, append=layout.doc_BT[:, -1:]) != 0
+    targets = ids[:, 1:].masked_fill(last, IGNORE)
+    count = int((targets != IGNORE).sum())
+    return Batch(ids[:, :-1], targets, layout.doc_BT, layout.pos_BT, torch.tensor(source), count, True)
+
+
+@over_fusions
+@pytest.mark.parametrize("kind", ["one document a row", "packed documents"])
+def test_decoding_step_by_step_and_in_pieces_equals_the_training_form(fusion, kind):
+    model, ids = make(fusion=fusion), tokens(rows=ROWS, length=LENGTH)
+    layout = packed() if kind == "packed documents" else Layout.single(ROWS, LENGTH)
+    whole = model.logits(ids, layout)
+    for cuts in (range(1, LENGTH), (5, 23)):
+        state, parts = model.initial_state(ROWS), []
+        for start, stop in zip((0, *cuts), (*cuts, LENGTH)):
+            logits, state = model.decode(ids[:, start:stop], state, piece(layout, start, stop))
+            parts.append(logits)
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-10)
+
+
+@over_fusions
+def test_a_later_token_and_another_row_change_nothing(fusion):
+    model, ids, layout = make(fusion=fusion), tokens(rows=ROWS, length=LENGTH), Layout.single(ROWS, LENGTH)
+    before = model.logits(ids, layout)
+    for t in (1, 20, LENGTH - 1):
+        changed = ids.clone()
+        changed[0, t:] = (changed[0, t:] + 1) % VOCAB
+        changed[1] = (changed[1] + 1) % VOCAB
+        after = model.logits(changed, layout)
+        assert torch.equal(after[0, :t], before[0, :t])
+        assert torch.equal(after[2], before[2])
+        assert (after[0, t:] - before[0, t:]).abs().amax(-1).min() > 0
+
+
+@over_fusions
+def test_a_packed_document_is_read_as_if_it_stood_alone_and_a_prefix_as_the_whole(fusion):
+    model, ids, layout = make(fusion=fusion), tokens(rows=ROWS, length=LENGTH), packed()
+    together = model.logits(ids, layout)
+    for row in range(ROWS):
+        for number in layout.doc_BT[row].unique():
+            place = torch.nonzero(layout.doc_BT[row] == number).flatten()
+            alone = model.logits(ids[row : row + 1, place], Layout.single(1, len(place)))
+            torch.testing.assert_close(together[row : row + 1, place], alone, rtol=0, atol=1e-12)
+    whole = model.logits(ids, Layout.single(ROWS, LENGTH))
+    part = model.logits(ids[:1, :7], Layout.single(1, 7))
+    torch.testing.assert_close(part, whole[:1, :7], rtol=0, atol=1e-12)
+
+
+@over_fusions
+@pytest.mark.parametrize("recompute", [False, True])
+def test_every_parameter_gets_a_gradient(fusion, recompute):
+    model = make(fusion=fusion, top=4 if fusion == "mhc" else 2).train()
+    if recompute:
+        model.recompute()
+    model(batch_of(packed())).total.backward()
+    dead = [n for n, p in model.named_parameters() if p.grad is None or torch.count_nonzero(p.grad) == 0]
+    assert dead == []
+    stacked = [p.grad for n, p in model.named_parameters() if n.startswith("models.")]
+    assert all((grad.flatten(1) != 0).any(1).all() for grad in stacked), "every member's part has a gradient"
+
+
+@over_fusions
+def test_the_loss_of_a_batch_is_that_of_the_mixtures_probabilities(fusion):
+    model, layout = make(fusion=fusion).eval(), packed()
+    batch = batch_of(layout)
+    log_p = model.logits(batch.tokens_BT, layout)
+    expected = F.nll_loss(log_p.flatten(0, 1), batch.targets_BT.flatten(), ignore_index=IGNORE, reduction="none")
+    torch.testing.assert_close(model(batch).loss_BT.flatten(), expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(log_p.logsumexp(-1), torch.zeros(ROWS, LENGTH).double(), rtol=0, atol=1e-12)
+
+
+def test_members_run_as_one_are_the_members_run_in_turn():
+    config = config_of(fusion="uniform")
+    model = make(fusion="uniform")
+    ids, layout = tokens(rows=ROWS, length=LENGTH), packed()
+    h_KBTD, _, _ = model.models(ids, layout)
+    places = dict(members_of(model))
+    one = [LanguageModel(config, VOCAB).double() for _ in range(8)]
+    x = []
+    for k, single in enumerate(one):
+        values = {
+            "embed.weight": model.models.embed.weight[k],
+            "norm.weight": places["models.norm"].stacked()["weight"][k],
+        }
+        for layer in range(2):
+            own = places[f"models.layers.{layer}.blocks"].stacked()
+            values |= {f"blocks.{layer}.{name}": p[k] for name, p in own.items()}
+        single.load_state_dict(values)
+        x.append(single.embed(ids))
+    for layer in range(2):
+        x = [single.blocks[layer](value, layout, None)[0] for single, value in zip(one, x)]
+        own, coupled = places[f"models.layers.{layer}.couplings"].stacked(), []
+        for k, value in enumerate(x):
+            coupling: Coupling = model.models.layers[layer].couplings.template
+            parameters = {name: p[k] for name, p in own.items()}
+            other = x[k ^ 1]
+            coupled.append(torch.func.functional_call(coupling, parameters, (value, other, None, layout))[0])
+        x = coupled
+    expected = torch.stack([single.norm(value) for single, value in zip(one, x)])
+    torch.testing.assert_close(h_KBTD, expected, rtol=0, atol=1e-12)
+    assert isinstance(one[0].blocks[0], Block)
+
+
+def test_with_gates_of_zero_a_pair_is_the_mean_of_two_independent_models():
+    model, ids, layout = make(["one"]), tokens(rows=ROWS, length=LENGTH), packed()
+    with torch.no_grad():
+        for layer in model.models.layers:
+            layer.couplings.gate.zero_()
+    config = config_of(["one"])
+    values = dict(model.models.named_parameters())
+    logits = []
+    for k in range(2):
+        single = LanguageModel(config, VOCAB).double()
+        own = {n.replace("layers.", "blocks.").replace(".blocks.", ".", 1).replace("/", "."): p[k]
+               for n, p in values.items() if "couplings" not in n}  # fmt: skip
+        single.load_state_dict({n.replace("blocks.0.", "blocks.0.", 1): p for n, p in own.items()})
+        logits.append(single.logits(ids, layout))
+    mean = torch.stack(logits).mean(0).log_softmax(-1)
+    torch.testing.assert_close(model.logits(ids, layout), mean, rtol=0, atol=1e-12)
+
+
+def test_the_posterior_is_never_worse_than_the_best_module_by_more_than_log_m():
+    """Per sequence: NLL of the mixture <= min over modules + ln M. (DEMix; here to rounding.)"""
+    for seed in range(3):
+        model = make(fusion="posterior")
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1 + seed)
+        layout = packed()
+        batch = batch_of(layout)
+        mixture = model(batch).loss_BT
+        alone = []
+        for name in MODULES:
+            model.without([other for other in MODULES if other != name])
+            alone.append(model(batch).loss_BT)
+        for row in range(ROWS):
+            for number in layout.doc_BT[row].unique():
+                place = layout.doc_BT[row] == number
+                best = min(float(loss[row, place].sum()) for loss in alone)
+                assert float(mixture[row, place].sum()) <= best + log(4) + 1e-9
+
+
+@over_fusions
+def test_one_module_left_is_that_module_alone_and_relevance_adds_up(fusion):
+    model, ids, layout = make(fusion=fusion), tokens(rows=ROWS, length=LENGTH), packed()
+    if model.fusion is not None:
+        with torch.no_grad():
+            model.fusion.out.weight.zero_()
+    model.without(MODULES[:3])
+    alone = make(["four"])
+    own = dict(model.models.named_parameters())
+    with torch.no_grad():
+        for name, p in alone.models.named_parameters():
+            p.copy_(own[name][6:8])
+    torch.testing.assert_close(model.logits(ids, layout), alone.logits(ids, layout), rtol=0, atol=1e-12)
+    with pytest.raises(UsageError, match="no module 'five'"):
+        model.without(["five"])
+    with pytest.raises(UsageError, match="keep at least one"):
+        model.without(MODULES)
+
+
+def test_relevance_is_the_attention_that_modules_get_and_keeps_the_top():
+    """The two-stage softmax is one over all (module, position), written out."""
+    model, h, layout = make(fusion="mhc", top=4), noise(4, ROWS, LENGTH, WIDTH), packed()
+    fusion = model.fusion
+    fused, _ = fusion(h, layout, [True] * 4)
+    u = fusion.norm(sum(h[m] @ fusion.mix.weight[m].T for m in range(4)))
+    q = fusion.query(u).view(ROWS, LENGTH, 2, 8)
+    kv = torch.stack([h[m] @ fusion.key_value.weight[m].T for m in range(4)])
+    k, v = kv[..., :16].view(4, ROWS, LENGTH, 2, 8), kv[..., 16:].view(4, ROWS, LENGTH, 2, 8)
+    P = torch.einsum("bthe,mbshe->bhmts", q, k) * 8**-0.5
+    S = fusion.weights[:, 0, 0].view(1, 2, 1, 1, 1) * P
+    shifted = F.pad(P[..., :-1, :-1], (1, 0, 1, 0))
+    reach = (layout.pos_BT >= 1)[:, None, None, :, None] & (layout.pos_BT >= 1)[:, None, None, None, :]
+    S = S + fusion.weights[:, 1, 0].view(1, 2, 1, 1, 1) * shifted * reach
+    S = S.masked_fill(~layout.mask()[:, :, None], -torch.inf)
+    A = S.permute(0, 1, 3, 2, 4).flatten(3).softmax(-1).unflatten(3, (4, LENGTH))
+    pi = A.sum(-1).mean(1)
+    torch.testing.assert_close(fused.log_pi_MBT.exp(), pi.permute(2, 0, 1), rtol=0, atol=1e-12)
+    found = torch.einsum("bhtms,mbshe->bthe", A, v).flatten(2)
+    torch.testing.assert_close(fused.found_BTF, found, rtol=0, atol=1e-12)
+    fusion.top = 2
+    kept = fusion(h, layout, [True] * 4)[0].log_pi_MBT.exp()
+    assert ((kept > 0).sum(0) == 2).all()
+    top = pi.topk(2, dim=-1)
+    expected = torch.zeros_like(pi).scatter(-1, top.indices, top.values / top.values.sum(-1, keepdim=True))
+    torch.testing.assert_close(kept, expected.permute(2, 0, 1), rtol=0, atol=1e-12)
+
+
+def test_frozen_modules_keep_their_values_and_the_fusion_learns():
+    for freeze, moved in (("modules", "fusion."), ("embeddings", "")):
+        model = make(fusion="mhc", freeze=freeze, top=4).train()
+        model(batch_of(packed())).total.backward()
+        for name, p in model.named_parameters():
+            frozen = name.startswith("models.") if freeze == "modules" else name.startswith("models.embed")
+            assert (p.grad is None) == frozen, name
+            assert frozen or name.startswith(moved)
+
+
+def test_the_joint_loss_knows_the_domain_of_a_source_and_forgets_it_over_the_steps():
+    batch = batch_of(packed(), source=(0, 1, 3))
+    plain = make(fusion="mhc", own_loss=0.0, domain_loss=0.0, balance_loss=0.0, top=4).train()
+    mixture = plain(batch).total
+    told = make(fusion="mhc", own_loss=0.0, domain_loss=0.5, domain_steps=10, balance_loss=0.0, top=4).train()
+    log_pi = plain._relevance(plain.models(batch.tokens_BT, packed())[0], packed(), None)[0]
+    counted = (batch.targets_BT != IGNORE) & (batch.pos_BT >= 16)
+    extra = -sum((log_pi[m, row] * counted[row]).sum() for row, m in enumerate((0, 1, 3)))
+    torch.testing.assert_close(told(batch).total - mixture, 0.5 * extra)
+    told.begin_step(5)
+    torch.testing.assert_close(told(batch).total - mixture, 0.25 * extra)
+    told.begin_step(10)
+    torch.testing.assert_close(told(batch).total, mixture)
+
+
+def test_measures_tell_relevance_and_loss_of_each_module_by_source():
+    model, batch = make(fusion="mhc"), batch_of(packed(), source=(0, 2, 2))
+    named = dict(zip(model.measure_names(), model(batch).measures.tolist()))
+    counted = batch.targets_BT != IGNORE
+    assert named["one/tokens"] == counted[0].sum()
+    assert named["three/tokens"] == counted[1:].sum()
+    assert sum(named[f"three/relevance/{m}"] for m in MODULES) == pytest.approx(named["three/tokens"])
+    assert named["two/tokens"] == named["two/loss/one"] == 0
+
+
+@over_fusions
+def test_the_formulas_for_operations_and_state_are_those_of_the_tensors(fusion):
+    model, ids, single = make(fusion=fusion), tokens(rows=2, length=LENGTH), Layout.single(2, LENGTH)
+    stream = Layout(single.doc_BT, single.pos_BT, False)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model.logits(ids, stream)
+    halved = 8 * 2 * (3 + 3) * LENGTH * WIDTH + (4 * 3 * LENGTH * 16 if fusion == "mhc" else 0)
+    assert counter.get_total_flops() / (2 * LENGTH) == pytest.approx(model.flops_per_token() + halved, rel=0.02)
+    _, state = model.decode(ids[:1, :40], model.initial_state(1))
+    held = sum(t.numel() for t in tree_leaves(state) if torch.is_tensor(t) and t.is_floating_point())
+    assert 2 * held == pytest.approx(model.state_bytes(40), rel=0.02)
+
+
+def test_a_module_begins_the_same_whatever_other_modules_there_are():
+    from pretrain.init import initialise
+
+    alone, all_four = (
+        build(config_of(["two"]), VOCAB).to_empty(device="cpu"),
+        build(config_of(fusion="mhc"), VOCAB).to_empty(device="cpu"),
+    )
+    for model in (alone, all_four):
+        initialise(model, 7)
+    own = dict(all_four.named_parameters())
+    for name, p in alone.named_parameters():
+        assert torch.equal(p, own[name][2:4]), name
+
+
+def test_mistakes_in_an_ensemble_are_told():
+    for wrong, told in (
+        ({"fusion": "none"}, "fusion none"),
+        ({"fusion": "mhc", "top": 5}, "top 5 of 4"),
+        ({"fusion": "mhc", "domains": {"web": "five"}}, "'five'"),
+        ({"fusion": "mhc", "heads": 3}, "multiple"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            config_of(**wrong)
+    with pytest.raises(ConfigError, match="twice"):
+        config_of(["one", "one"], fusion="mhc")
+    with pytest.raises(ConfigError, match="plain blocks"):
+        build(config_of(fusion="uniform", logits={"hidden": 8}), VOCAB)
