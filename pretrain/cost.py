@@ -44,9 +44,7 @@ def cost_of(model: Model) -> Cost:
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding | MemberTables)]
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
-        embedding_parameters=sum(
-            m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding | MemberTables)
-        ),
+        embedding_parameters=sum(p.numel() for table in tables for p in table.parameters()),
         flops_per_token=3 * model.flops_per_token(),
         state_bytes=model.state_bytes(model.length),
     )
