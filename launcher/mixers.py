@@ -91,7 +91,8 @@ def list_mixers() -> None:
     terminal.print(table)
     terminal.print(
         "\nFLOPs of a forward pass, a multiply-add is 2; state: bytes (bf16) that decoding keeps after a whole row.\n"
-        "Use one with model.mixers='[{name: NAME}]'; its options are in configs/mixers/NAME.yaml.",
+        "Use one with model.mixers='[{name: NAME}]'; its options are in configs/mixers/NAME.yaml.\n"
+        "leviathan mixers check NAME tries whether it keeps what it promises.",
         style="dim",
     )
 
@@ -180,7 +181,6 @@ def mark(verdict: Verdict) -> str:
 
 def _certificates(candidates: Sequence[Candidate], *, quiet: bool) -> dict[str, list[Verdict] | ConfigError]:
     """The certificates, or why a mixer cannot be tried here; with progress unless `quiet`."""
-    torch.set_num_threads(1)  # everything is small: threads would wait for each other
     if quiet:
         return _each(candidates, lambda done: None)
     total = len(candidates) * len(PROMISES)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from configs.errors import ConfigError
 from pretrain.certificate import costs, promises
 from pretrain.certificate.trial import Candidate, Measured, Refused
@@ -15,20 +17,29 @@ from pretrain.registry import line_of
 
 @dataclass(frozen=True)
 class Promise:
-    """One promise. flag: of the mixer; where it is not set, the promise is not asked for."""
+    """One promise. trial: what measures it. flag: of the mixer; where it is not set, the promise is not asked for."""
 
     name: str
-    measure: Callable[[Candidate], Measured]
+    trial: Callable[[Candidate], Measured]
     flag: str | None = None
 
     @property
     def says(self) -> str:
         """The promise in a sentence."""
-        return " ".join((self.measure.__doc__ or "").split())
+        return " ".join((self.trial.__doc__ or "").split())
 
     def asked_of(self, candidate: Candidate) -> bool:
         """Whether the mixer's flags promise it."""
         return self.flag is None or candidate.says(self.flag)
+
+    def measure(self, candidate: Candidate) -> Measured:
+        """What the trial finds. Raises Refused where the promise is not kept."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # everything is small: threads would only wait for each other
+        try:
+            return self.trial(candidate)
+        finally:
+            torch.set_num_threads(threads)
 
 
 PROMISES = (

@@ -71,7 +71,7 @@ def prefix(candidate: Candidate) -> Measured:
         gap, where = _gap(model.logits(ids[:, :t], Layout.single(ROWS, t)), whole[:, :t])
         if not gap <= EXACT:
             raise Refused(
-                f"the first {t} tokens alone give other outputs than in a row of {LENGTH}, by {gap:.1e} ({where});"
+                f"the first {t} of {LENGTH} tokens give other outputs where they are all, by {gap:.1e} ({where});"
                 " do not use the actual length of a row"
             )
         worst = max(worst, gap)
@@ -102,11 +102,11 @@ def documents(candidate: Candidate) -> Measured:
         for number in layout.doc_BT[row].unique():
             place = torch.nonzero(layout.doc_BT[row] == number).flatten()
             alone = model.logits(ids[row : row + 1, place], Layout.single(1, len(place)))
-            gap, where = _gap(together[row : row + 1, place], alone)
+            gap, _ = _gap(together[row : row + 1, place], alone)
             if not gap <= EXACT:
                 raise Refused(
-                    f"the document at token {int(place[0])} of row {row} gives other outputs than alone, by {gap:.1e}"
-                    f" (its {where}); look back only as far as layout.pos_BT, or set `isolates = False`"
+                    f"the document at token {int(place[0])} of row {row} gives other outputs than alone, by {gap:.1e};"
+                    " look back only as far as layout.pos_BT, or set `isolates = False`"
                 )
             worst = max(worst, gap)
     return Measured(worst, "largest difference of a document alone")

@@ -9,9 +9,9 @@ import pytest
 
 from benchmarks import publish
 from launcher.tables import TABLES, filled
-from pretrain import mixer
+from pretrain.certificate.issue import PROMISES, verdict
+from pretrain.certificate.trial import Candidate
 from tests.conftest import ROOT, leviathan
-from tests.contract import test_mixers as contract
 from tests.small_run import small_config, train_small
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,7 +39,7 @@ def test_links_lead_somewhere(page):
 @over_pages
 def test_every_command_that_is_named_exists(page):
     """A verb and its options, wherever the page shows them."""
-    for verb, rest in re.findall(r"leviathan ((?:data )?[a-z]+)([^`\n#|]*)", "\n".join(_commands(page))):
+    for verb, rest in re.findall(r"leviathan ((?:(?:data|mixers) )?[a-z]+)([^`\n#|]*)", "\n".join(_commands(page))):
         told = _help(verb)
         for option in re.findall(r"(?<= )--[a-z][a-z-]*", rest):
             assert option in told, f"{page.name}: `leviathan {verb}` has no {option}"
@@ -68,27 +68,12 @@ def example(tmp_path_factory):
     (code,) = blocks(ROOT / "docs/ADDING_A_MIXER.md", "python")
     path = tmp_path_factory.mktemp("own") / "ema.py"
     path.write_text(code)
-    mixer.REGISTRY.entry("ema", str(path))
     return path
 
 
-@pytest.mark.parametrize(
-    "promise",
-    [
-        contract.test_a_later_token_changes_nothing_before_it_and_something_from_it_on,
-        contract.test_no_gradient_flows_from_an_output_to_a_later_input,
-        contract.test_the_length_of_a_row_does_not_change_its_prefix,
-        contract.test_rows_of_a_batch_do_not_see_each_other,
-        contract.test_every_parameter_gets_a_gradient,
-        contract.test_a_packed_document_is_read_as_if_it_stood_alone,
-        contract.test_the_stated_size_of_the_state_is_that_of_its_tensors,
-        lambda *case: contract.test_decoding_step_by_step_equals_the_training_form(*case, "packed documents"),
-        lambda *case: contract.test_pieces_with_a_state_equal_the_whole_in_outputs_and_gradients(*case, (16, 32)),
-        lambda *case: contract.test_the_formula_for_operations_equals_those_counted(*case, 48),
-    ],
-)
-def test_the_example_mixer_keeps_the_contract(example, promise):
-    promise("ema", {})
+@pytest.mark.parametrize("promise", PROMISES, ids=[promise.name for promise in PROMISES])
+def test_the_example_mixer_keeps_every_promise(example, promise):
+    assert verdict(promise, Candidate("ema", file=str(example))).kept
 
 
 def test_the_example_mixer_trains_in_a_run(example, tmp_path, shards, corpus):
@@ -100,14 +85,13 @@ def test_the_example_mixer_trains_in_a_run(example, tmp_path, shards, corpus):
 
 
 def test_a_mixer_that_forgets_to_forget_is_caught(example, tmp_path):
-    """The contract would refuse the example without the line that resets it at a document's start."""
+    """The certificate would refuse the example without the line that resets it at a document's start."""
     text = example.read_text()
     assert "(layout.pos_BT[:, t, None] > 0)" in text
     leaky = tmp_path / "leaky.py"
     leaky.write_text(text.replace("(layout.pos_BT[:, t, None] > 0)", "1"))
-    mixer.REGISTRY.entry("leaky", str(leaky))
-    with pytest.raises(AssertionError):
-        contract.test_a_packed_document_is_read_as_if_it_stood_alone("leaky", {})
+    (documents,) = [promise for promise in PROMISES if promise.name == "documents"]
+    assert verdict(documents, Candidate("leaky", file=str(leaky))).kept is False
 
 
 def test_the_yaml_of_the_readme_is_right(tmp_path):
