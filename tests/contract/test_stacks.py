@@ -23,6 +23,7 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
         {"depth": 1, "wrap": {"passes": 3}},
         {"wrap": {"passes": 2, "loss": "mean_all", "checkpoint": True}},
     ],
+    "geodesic": [{}, {"options": {"method": "semi_implicit", "rank": 1, "features": 9, "steps": 2, "truncate": 8}}],
 }
 CASES = [(name, keys) for name in REGISTRY.names() for keys in VARIANTS.get(name, [{}])]
 IDS = [f"{name}-{number}" for number, (name, _) in enumerate(CASES)]
