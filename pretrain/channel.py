@@ -32,6 +32,10 @@ class Teller(nn.Module):
         """Of the sums in Aux.measures; empty where it has nothing to tell."""
         return ()
 
+    def figures(self, measures: Sequence[float]) -> dict[str, float]:
+        """What the measures of a step say to people, by name: shares and means rather than sums."""
+        return dict(zip(self.measure_names(), measures))
+
     def settle(self, measures: Sequence[float]) -> None:
         """Told after every update the measures of the global batch, to adapt what is not trained by gradients."""
 

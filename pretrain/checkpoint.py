@@ -31,7 +31,7 @@ from pretrain.faults import fault_point
 from pretrain.lease import Lease
 from pretrain.parallel import Ranks, min_over_ranks, same_on_all_ranks, sum_over_ranks
 from pretrain.run_folder import RunFolder, step_name
-from pretrain.snapshot import NotFiniteError, Snapshot
+from pretrain.snapshot import NotFiniteError, Snapshot, saved_dtype
 
 _POLL_S = 0.02
 
@@ -300,7 +300,7 @@ class CheckpointStore:
         return None if good else (mistake or "another rank found a damaged file")
 
     def _need(self, state: EngineState) -> int:
-        mine = 4 * sum(f.tensor.numel() for f in state.fragments)
+        mine = sum(saved_dtype(f).itemsize * f.tensor.numel() for f in state.fragments)
         total = sum_over_ranks(torch.tensor([float(mine)], dtype=torch.float64)).item()
         return int(1.2 * total) + 65536
 

@@ -61,7 +61,7 @@ class CheckpointFiles:
         return [kind for owner, kind in self._pieces if owner == name]
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a flat parameter or moment, 1-D fp32."""
+        """Elements [start, stop) of a flat parameter, buffer or moment, 1-D: fp32, or int64 for whole numbers."""
         if (name, kind) not in self._pieces:
             raise DataError(
                 f"the checkpoint holds no {kind} of {name}; it was made by another model or optimizer, so resume with"
@@ -75,7 +75,7 @@ class CheckpointFiles:
         return torch.cat(parts) if len(parts) != 1 else parts[0]
 
     def tensor(self, name: str, kind: str = PARAM) -> Tensor:
-        """A whole parameter or moment in its shape."""
+        """A whole parameter, buffer or moment in its shape."""
         shape = self.shapes[name]
         return self.read(name, kind, 0, prod(shape)).view(shape)
 

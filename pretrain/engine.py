@@ -4,7 +4,8 @@ A step's loss is summed over all counted targets of the global batch and divided
 accumulation and the number of ranks cannot change its gradient. A loss or gradient that is not finite on any rank
 makes every rank skip the update.
 
-Names: a fragment is a contiguous piece of one parameter, or of one of its moments, that this rank owns.
+Names: a fragment is a contiguous piece of one parameter or persistent buffer, or of a parameter's moment, that this
+rank owns. What is frozen has no moments and is kept in the precision that the model computes with.
 """
 
 from __future__ import annotations
@@ -24,11 +25,15 @@ from pretrain.model import LossParts, Model
 from pretrain.parallel import Ranks, alone, seed_step, sum_over_ranks
 
 PARAM = "param"
+"""The kind of a fragment that is the value itself, of a parameter or of a buffer."""
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """tensor: 1-D fp32, elements [offset, offset + len) of the flat parameter `name` (kind `param`) or of a moment."""
+    """A piece of a flat parameter or buffer `name` (kind `param`), or of a moment.
+
+    tensor: its elements [offset, offset + len), 1-D; saved as fp32, or as int64 where they are whole numbers.
+    """
 
     name: str
     kind: str
@@ -38,7 +43,7 @@ class Fragment:
 
 @dataclass(frozen=True)
 class EngineState:
-    """All that must survive. shapes: of every parameter, by name. updates: how many the optimizer has made."""
+    """All that must survive. shapes: of every parameter and buffer, by name. updates: how many the optimizer made."""
 
     fragments: list[Fragment]
     shapes: dict[str, tuple[int, ...]]
@@ -51,7 +56,7 @@ class FragmentReader(Protocol):
     updates: int
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a flat parameter or moment, 1-D fp32 on the CPU."""
+        """Elements [start, stop) of a flat parameter, buffer or moment, 1-D on the CPU."""
         ...
 
 
@@ -61,7 +66,7 @@ class StepResult:
 
     loss: mean over the counted targets of the global batch, in nats. grad_norm: before clipping; None if not finite.
     skipped: whether the update was left out. source_loss: mean per source, None where a source had no target.
-    votes: the sums over ranks of what each rank wished to tell.
+    votes: the sums over ranks of what each rank wished to tell. measures: of the global batch, as the model names them.
     """
 
     loss: float
@@ -70,6 +75,7 @@ class StepResult:
     tokens: int
     source_loss: list[float | None]
     votes: list[float]
+    measures: Sequence[float] = ()
 
 
 Votes: TypeAlias = Callable[[], Sequence[float]]
@@ -112,9 +118,14 @@ class Tally:
     def __init__(self, sources: int, device: torch.device) -> None:
         self._sources, self._device = sources, device
         self._sums = torch.zeros(1 + 2 * sources, dtype=torch.float64, device=device)
+        self._measures = torch.zeros(0, dtype=torch.float64, device=device)
 
-    def add(self, batch: Batch, loss_BT: Tensor) -> None:
-        """Count in a micro-batch and the losses of its tokens."""
+    def add(self, batch: Batch, parts: LossParts) -> None:
+        """Count in a micro-batch, the losses of its tokens and what the model measured."""
+        loss_BT = parts.loss_BT
+        if parts.measures is not None:
+            measures = parts.measures.double()
+            self._measures = self._measures + measures if len(self._measures) else measures
         if self._sources == 1:
             self._sums[0].add_(loss_BT.sum(dtype=torch.float64))
         else:
@@ -128,16 +139,17 @@ class Tally:
         """Sum over ranks and wait for the numbers. count: counted targets of the global batch."""
         told = votes()
         if alone():
-            values: list[float] = [*self._sums.tolist(), *told]
+            values: list[float] = [*self._sums.tolist(), *self._measures.tolist(), *told]
         else:
             told_there = torch.tensor(told, dtype=torch.float64).to(self._device)
-            values = sum_over_ranks(torch.cat((self._sums, told_there))).tolist()
+            values = sum_over_ranks(torch.cat((self._sums, self._measures, told_there))).tolist()
         total, rest = values[0], values[1:]
-        sums, counts = rest[: self._sources], rest[self._sources : 2 * self._sources]
+        sums, counts, rest = rest[: self._sources], rest[self._sources : 2 * self._sources], rest[2 * self._sources :]
+        measures, votes_sum = rest[: len(self._measures)], rest[len(self._measures) :]
         by_source: list[float | None] = [total / count]
         if self._sources > 1:
             by_source = [s / c if c else None for s, c in zip(sums, counts)]
-        return StepResult(total / count, grad_norm, grad_norm is None, tokens, by_source, rest[2 * self._sources :])
+        return StepResult(total / count, grad_norm, grad_norm is None, tokens, by_source, votes_sum, measures)
 
 
 def global_count(batches: Sequence[Batch], device: torch.device) -> Tensor | float:
@@ -153,6 +165,18 @@ def scaled(total: Tensor, scale: Tensor | float, step: int) -> Tensor:
         total = total * torch.nan
     # 0 times a number that is not finite is NaN, and 0 otherwise: one operation where a comparison takes several
     return total * (0.0 * total.detach() + scale).to(total.dtype)
+
+
+def settled(model: Model, result: StepResult) -> StepResult:
+    """The result, after the model was told its measures where an update was made."""
+    if not result.skipped:
+        model.settle(result.measures)
+    return result
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of every parameter and persistent buffer, by name; to be asked before anything is sharded."""
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 class TorchEngine:
@@ -179,6 +203,7 @@ class TorchEngine:
         if not self.model.training:
             self.model.train()
         seed_step(self._seed, step, self._ranks.rank)
+        self.model.begin_step(step)
         tally = Tally(self._sources, self.device)
         count = global_count(batches, self.device)
         for batch in batches:
@@ -186,10 +211,11 @@ class TorchEngine:
             batch = batch.to(self.device)
             parts = self._forward(batch)
             scaled(parts.total, 1.0 / count, step).backward()
-            tally.add(batch, parts.loss_BT)
+            tally.add(batch, parts)
         fault_point("step.before_update", step)
         grad_norm = self._update(lr_scale)
-        return tally.finish(float(count), grad_norm, sum(batch.tokens_BT.numel() for batch in batches), votes)
+        result = tally.finish(float(count), grad_norm, sum(batch.tokens_BT.numel() for batch in batches), votes)
+        return settled(self.model, result)
 
     def _update(self, lr_scale: float) -> float | None:
         """Clip and update; return the gradient's norm, or None where it is not finite and nothing was done."""
@@ -227,8 +253,7 @@ class TorchEngine:
         fragments = []
         for name, tensors in self._tensors():
             fragments += [Fragment(name, kind, 0, tensor.detach().view(-1)) for kind, tensor in tensors.items()]
-        shapes = {name: tuple(p.shape) for name, p in self._names.items()}
-        return EngineState(fragments, shapes, self._updates)
+        return EngineState(fragments, shapes_of(self.model), self._updates)
 
     @torch.no_grad()
     def load(self, reader: FragmentReader) -> None:
@@ -240,16 +265,18 @@ class TorchEngine:
         self._refresh()
 
     def _tensors(self) -> list[tuple[str, dict[str, Tensor]]]:
-        """Per parameter its fp32 tensors: itself, and what the optimizer keeps where it is trained."""
+        """Per parameter and buffer its tensors: itself, and what the optimizer keeps where it is trained."""
         kept = {}
         for group in self.optimizer.param_groups:
             for name, p in zip(group["names"], group["params"]):
                 kept[name] = {key: self.optimizer.state[p][key] for key in optim.STATE_KEYS[group["kind"]]}
-        return [(n, {PARAM: self._masters.get(n, p), **kept.get(n, {})}) for n, p in self._names.items()]
+        values = self.model.state_dict()
+        return [(n, {PARAM: self._masters.get(n, value), **kept.get(n, {})}) for n, value in values.items()]
 
 
 def _low_precision(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Turn the model to bf16; return fp32 masters of its parameters by name."""
-    masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in model.named_parameters()}
+    """Turn the model to bf16; return fp32 masters of its trainable parameters by name."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in trained}
     model.bfloat16()
     return masters

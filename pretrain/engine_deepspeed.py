@@ -33,6 +33,8 @@ from pretrain.engine import (
     global_count,
     no_votes,
     scaled,
+    settled,
+    shapes_of,
 )
 from pretrain.faults import fault_point
 from pretrain.model import LossParts, Model
@@ -80,7 +82,7 @@ class DeepSpeedEngine:
         self.model, self.device = model, device
         self._sources, self._seed, self._ranks = sources, seed, Ranks.from_environment()
         self._own_clip = optim_config.clip if config.zero == 0 and config.precision == "fp32" else None
-        self._shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self._shapes = shapes_of(model)
         groups = optim.param_groups(model, optim_config)
         self._kinds = {name: group["kind"] for group in groups for name in group["names"]}
         settings = _settings(optim_config, config, model, self._ranks.world, batch_rows, micro_rows)
@@ -98,6 +100,7 @@ class DeepSpeedEngine:
         if not self._engine.training:
             self._engine.train()
         seed_step(self._seed, step, self._ranks.rank)
+        self.model.begin_step(step)
         tally = Tally(self._sources, self.device)
         count = global_count(batches, self.device)
         # DeepSpeed averages gradients over ranks; the loss is already divided by the count of all of them
@@ -108,7 +111,7 @@ class DeepSpeedEngine:
             batch = batch.to(self.device)
             parts = self._engine(batch)
             self._engine.backward(scaled(parts.total, scale, step), scale_wrt_gas=False)
-            tally.add(batch, parts.loss_BT)
+            tally.add(batch, parts)
             if number == len(batches) - 1:
                 fault_point("step.before_update", step)
                 grad_norm = self._own_norm() if self._own_clip is not None else None
@@ -116,7 +119,8 @@ class DeepSpeedEngine:
         if self._own_clip is None:
             grad_norm = self._their_norm()
         self._updates += grad_norm is not None
-        return tally.finish(float(count), grad_norm, sum(batch.tokens_BT.numel() for batch in batches), votes)
+        result = tally.finish(float(count), grad_norm, sum(batch.tokens_BT.numel() for batch in batches), votes)
+        return settled(self.model, result)
 
     def _own_norm(self) -> float | None:
         """Clip, or drop every gradient where the norm is not finite: an optimizer without gradients does nothing."""
@@ -146,6 +150,8 @@ class DeepSpeedEngine:
         for name, offset, master, moments in self._places():
             for kind, tensor in {PARAM: master, **moments}.items():
                 fragments.append(Fragment(name, kind, offset, tensor.detach().view(-1)))
+        if self._ranks.first:
+            fragments += [Fragment(name, PARAM, 0, buffer.view(-1)) for name, buffer in self._buffers()]
         return EngineState(fragments, self._shapes, self._updates)
 
     @torch.no_grad()
@@ -155,6 +161,8 @@ class DeepSpeedEngine:
             master.view(-1).copy_(reader.read(name, PARAM, offset, stop))
             for kind, tensor in moments.items():
                 tensor.view(-1).copy_(reader.read(name, kind, offset, stop))
+        for name, buffer in self._buffers():
+            buffer.view(-1).copy_(reader.read(name, PARAM, 0, buffer.numel()))
         self._refresh(reader)
         self._updates = reader.updates
         optim.set_updates(self._base, self._updates)
@@ -187,6 +195,10 @@ class DeepSpeedEngine:
             if place is not None:
                 yield place
 
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        """The persistent ones: every rank has all of them, equal."""
+        return [(name, buffer) for name, buffer in self.model.named_buffers() if name in self._shapes]
+
     def _whole_masters(self) -> dict[str, Tensor]:
         """Stage 0: the fp32 tensors that the optimizer updates, by name."""
         return {name: p for g in self._base.param_groups for name, p in zip(g["names"], g["params"])}
@@ -202,6 +214,10 @@ class DeepSpeedEngine:
 
     def _place_stage3(self, name: str, p: Any) -> Place | None:
         zero = self._engine.optimizer
+        if not p.requires_grad:
+            offset = self._ranks.rank * p.ds_tensor.ds_numel
+            count = min(p.ds_tensor.ds_numel, p.ds_numel - offset)
+            return (name, offset, p.ds_tensor.data.narrow(0, 0, count), {}) if count > 0 else None
         group, start, padded = zero.grad_position[zero.get_param_id(p)]
         offset = self._ranks.rank * padded
         count = min(padded, p.ds_numel - offset)

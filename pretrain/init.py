@@ -79,15 +79,16 @@ def _linear(fan_in: int, fan_out: int, bias: bool, weight: Fill) -> nn.Linear:
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
-    """Fill every parameter as declared. Raises TypeError for one that nobody declared."""
+    """Fill every parameter and buffer as declared. Raises TypeError for one that nobody declared."""
     for path, module in model.named_modules():
         fills = getattr(module, "fills", {})
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             full = f"{path}.{name}" if path else name
             if name not in fills:
-                raise TypeError(f"nobody says how the parameter {full} begins; declare it where it is made")
+                kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+                raise TypeError(f"nobody says how the {kind} {full} begins; declare it where it is made")
             generator = torch.Generator().manual_seed(derive_seed(seed, "init", full))
-            fills[name](parameter, generator)
+            fills[name](tensor, generator)
 
 
 def _fp32(tensor: Tensor) -> Tensor:

@@ -13,20 +13,19 @@ import os
 import queue
 import re
 import secrets
-import struct
 import sys
 import tempfile
 import threading
 import time
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 
 from configs.errors import DataError
+from pretrain.leveldb_log import log_records
 from pretrain.run_folder import Record, RunFolder, read_lines
 
 if TYPE_CHECKING:  # torch takes seconds to import, and the report and the tests of a mirror need none
@@ -44,10 +43,6 @@ URL_USER = re.compile(r"(?<=://)[^/\s@]+@")
 URL_QUERY = re.compile(r"(://[^\s?#'\"]*)[?#][^\s'\"]*")
 SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_?key|access_?key|credentials?)$", re.IGNORECASE)
 
-# The log that wandb writes is LevelDB's: blocks of 32 KiB, records cut into chunks, each with a checksum.
-MAGIC, HEADER_BYTES, BLOCK_BYTES = b":W&B", 7, 32768
-CHUNK, FULL, FIRST, LAST = struct.Struct("<IHB"), 1, 2, 4
-
 
 def resident_mib() -> float:
     """Memory that this process holds in RAM, in MiB."""
@@ -60,10 +55,11 @@ class Meter:
     def __init__(
         self, attempt: int, sources: list[str], tokens_per_step: int, flops_per_token: float, *,
         peak_flops_per_s: float | None = None, memory_mib: Callable[[], float] = resident_mib,
+        figures: Callable[[Sequence[float]], dict[str, float]] = lambda measures: {},
     ) -> None:  # fmt: skip
-        """tokens_per_step: of the global batch. flops_per_token: of training, forward and backward.
-        peak_flops_per_s: of all devices together; None leaves MFU out. memory_mib: asked once a second."""
-        self._attempt, self._sources, self._tokens = attempt, sources, tokens_per_step
+        """tokens_per_step: of the global batch. flops_per_token: of training, forward and backward. peak_flops_per_s:
+        of all devices; None leaves MFU out. memory_mib: asked once a second. figures: what a model's measures say."""
+        self._attempt, self._sources, self._tokens, self._figures = attempt, sources, tokens_per_step, figures
         self._mfu_per_rate = flops_per_token / peak_flops_per_s if peak_flops_per_s else None
         self._memory_mib, self._memory, self._asked = memory_mib, 0.0, 0.0
         self._recent_s: deque[float] = deque(maxlen=WINDOW_STEPS)
@@ -82,6 +78,7 @@ class Meter:
             "mfu": None if self._mfu_per_rate is None else rate * self._mfu_per_rate,
             "memory_mib": self._memory,
             "source_loss": {n: loss for n, loss in zip(self._sources, result.source_loss) if loss is not None},
+            "model": {} if result.skipped else self._figures(result.measures),
         }  # fmt: skip
 
 
@@ -324,8 +321,10 @@ def without_secrets(value: Any) -> Any:
 
 
 def _flat_row(row: Record) -> Record:
-    by_source = {f"source_loss/{name}": loss for name, loss in row["source_loss"].items()}
-    return {k: v for k, v in row.items() if k != "source_loss" and v is not None} | by_source
+    flat: Record = {}
+    for key, value in row.items():
+        flat |= {f"{key}/{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value}
+    return {k: v for k, v in flat.items() if v is not None}
 
 
 def _flat_eval(record: Record) -> Record:
@@ -341,30 +340,12 @@ def _logged_steps(folder: Path, sessions: str) -> Iterator[tuple[int, float]]:
     from wandb.proto import wandb_internal_pb2
 
     for log in sorted((folder / "wandb").glob(f"{sessions}/run-*.wandb")):
-        for content in _log_records(log.read_bytes()):
+        for content in log_records(log.read_bytes()):
             record = wandb_internal_pb2.Record.FromString(content)  # type: ignore[attr-defined]
             if record.WhichOneof("record_type") == "history":
                 items = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
                 if "step" in items and "loss" in items:
                     yield int(items["step"]), float(json.loads(items["loss"]))
-
-
-def _log_records(data: bytes) -> Iterator[bytes]:
-    """The whole records of a W&B log, up to its end or the first damage: a crash tears the tail."""
-    position, parts = HEADER_BYTES if data.startswith(MAGIC) else len(data), b""
-    while position + CHUNK.size <= len(data):
-        room = BLOCK_BYTES - position % BLOCK_BYTES
-        if room < CHUNK.size:
-            position += room
-            continue
-        checksum, length, kind = CHUNK.unpack_from(data, position)
-        start, position = position + CHUNK.size, position + CHUNK.size + length
-        content = data[start:position]
-        if len(content) < length or zlib.crc32(content, zlib.crc32(bytes([kind]))) != checksum:
-            return
-        parts = content if kind in (FULL, FIRST) else parts + content
-        if kind in (FULL, LAST):
-            yield parts
 
 
 def _check_writable(folder: Path) -> None:

@@ -82,6 +82,10 @@ class Model(nn.Module, ABC):
         """Of the sums in `LossParts.measures`."""
         return []
 
+    def figures(self, measures: Sequence[float]) -> dict[str, float]:
+        """What the measures of a step say to people, by name."""
+        return dict(zip(self.measure_names(), measures))
+
     def settle(self, measures: Sequence[float]) -> None:
         """Told after every update the measures of the global batch, the same on all ranks, to adapt what is not
         trained by gradients."""

@@ -259,6 +259,7 @@ class Session:
             self.cost.flops_per_token,
             peak_flops_per_s=self._peak() * self.ranks.world,
             memory_mib=_cuda_memory if self.device.type == "cuda" else metrics.resident_mib,
+            figures=self.engine.model.figures,
         )
         mirror = None
         if config.log.wandb != "off":

@@ -24,24 +24,30 @@ class Snapshot:
     """One rank's staging buffer."""
 
     def __init__(self, fragments: list[Fragment]) -> None:
+        self._keys = [tensor_key(f) for f in fragments]
+        self._pinned = bool(fragments) and fragments[0].tensor.is_cuda
         header: dict[str, object] = {}
-        at = 0
-        for f in fragments:
-            end = at + 4 * f.tensor.numel()
-            header[tensor_key(f)] = {"dtype": "F32", "shape": [f.tensor.numel()], "data_offsets": [at, end]}
-            at = end
+        views: dict[str, torch.Tensor] = {}
+        self._bodies: list[torch.Tensor] = []
+        # whole numbers come first, so that all of them lie at multiples of 8 bytes
+        for dtype, label in ((torch.int64, "I64"), (torch.float32, "F32")):
+            mine = [f for f in fragments if saved_dtype(f) == dtype]
+            body = torch.zeros(sum(f.tensor.numel() for f in mine), dtype=dtype, pin_memory=self._pinned)
+            at = sum(other.nbytes for other in self._bodies)
+            for f, view in zip(mine, body.split([f.tensor.numel() for f in mine])):
+                header[tensor_key(f)] = {"dtype": label, "shape": [len(view)], "data_offsets": [at, at + view.nbytes]}
+                views[tensor_key(f)] = view
+                at += view.nbytes
+            self._bodies.append(body)
+        self._views = [views[key] for key in self._keys]
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._head = len(text).to_bytes(8, "little") + text
-        self._pinned = bool(fragments) and fragments[0].tensor.is_cuda
-        self._body = torch.zeros(at // 4, dtype=torch.float32, pin_memory=self._pinned)
-        self._views = list(self._body.split([f.tensor.numel() for f in fragments]))
-        self._keys = [tensor_key(f) for f in fragments]
 
     @property
     def bytes(self) -> int:
         """Size of the file."""
-        return len(self._head) + 4 * self._body.numel()
+        return len(self._head) + sum(body.nbytes for body in self._bodies)
 
     @torch.no_grad()
     def take(self, fragments: list[Fragment]) -> None:
@@ -54,32 +60,34 @@ class Snapshot:
     def write(self, path: Path) -> str:
         """Write and fsync the file; return its sha256. Raises NotFiniteError rather than write a NaN."""
         digest = hashlib.sha256(self._head)
-        body = self._body.numpy()
         with open(path, "xb", buffering=0) as file, ThreadPoolExecutor(1, "hash") as hashing:
             os.fchmod(file.fileno(), 0o600)
             _write_all(file.fileno(), self._head)
-            for at in range(0, len(body), _PIECE // 4):
-                piece = body[at : at + _PIECE // 4]
-                view = piece.data.cast("B")
-                # hashing and writing both leave the interpreter lock, so a piece costs the longer of the two
-                hashed = hashing.submit(digest.update, view)
-                if not _finite(piece):
-                    raise NotFiniteError(self._name_at(at + int(np.flatnonzero(~np.isfinite(piece))[0])))
-                _write_all(file.fileno(), view)
-                hashed.result()
+            for body in self._bodies:
+                step = _PIECE // body.itemsize
+                for at in range(0, len(body), step):
+                    piece = body[at : at + step].numpy()
+                    view = piece.data.cast("B")
+                    # hashing and writing both leave the interpreter lock, so a piece costs the longer of the two
+                    hashed = hashing.submit(digest.update, view)
+                    if body.is_floating_point() and not _finite(piece):
+                        raise NotFiniteError(self._first_not_finite())
+                    _write_all(file.fileno(), view)
+                    hashed.result()
             os.fsync(file.fileno())
         return digest.hexdigest()
 
-    def _name_at(self, element: int) -> str:
-        for key, view in zip(self._keys, self._views):
-            if element < view.numel():
-                return key
-            element -= view.numel()
-        raise AssertionError("the element lies in the body")
+    def _first_not_finite(self) -> str:
+        return next(key for key, view in zip(self._keys, self._views) if not torch.isfinite(view).all())
 
 
 class NotFiniteError(Exception):
     """The state holds a value that is not finite; the argument is the tensor's key."""
+
+
+def saved_dtype(fragment: Fragment) -> torch.dtype:
+    """The type that a fragment has in a file."""
+    return torch.float32 if fragment.tensor.is_floating_point() else torch.int64
 
 
 def tensor_key(fragment: Fragment) -> str:

@@ -40,8 +40,8 @@ def load_trained(folder: RunFolder, step: int | None = None, device: str = "cpu"
     model.know_sources(list(config.data.sources))
     reader = by_model_names(open_files(found), model)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(reader.read(name, PARAM, 0, parameter.numel()).view(parameter.shape))
+        for name, value in model.state_dict().items():
+            value.copy_(reader.read(name, PARAM, 0, value.numel()).view(value.shape))
     return Trained(model.eval(), config, dataset, found.step)
 
 

@@ -121,6 +121,7 @@ def test_every_file_and_public_thing_says_what_it_is(path):
         "state_bytes",
         "param_groups",
         "measure_names",
+        "figures",
         "settle",
         "training_outputs",
         "segments",

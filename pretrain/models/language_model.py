@@ -7,7 +7,7 @@ Shapes: B rows, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from configs.errors import UsageError
 from data_pipeline.batch import Batch
 from pretrain import stack
-from pretrain.channel import Aux
+from pretrain.channel import Aux, Teller
 from pretrain.config import ModelConfig
 from pretrain.init import embedding
 from pretrain.layout import Layout
@@ -99,11 +99,20 @@ class LanguageModel(Model):
     def measure_names(self) -> list[str]:
         return [f"blocks.{path}/{name}" for path, teller in self.blocks.tellers() for name in teller.measure_names()]
 
+    def figures(self, measures: Sequence[float]) -> dict[str, float]:
+        told = self._told(measures)
+        return {f"blocks.{path}/{name}": v for path, m, own in told for name, v in m.figures(own).items()}
+
     def settle(self, measures: Sequence[float]) -> None:
+        for _, teller, own in self._told(measures):
+            teller.settle(own)
+
+    def _told(self, measures: Sequence[float]) -> Iterator[tuple[str, Teller, Sequence[float]]]:
+        """The parts that tell something, each with its own of the measures."""
         at = 0
-        for _, teller in self.blocks.tellers():
+        for path, teller in self.blocks.tellers():
             count = len(teller.measure_names())
-            teller.settle(measures[at : at + count])
+            yield path, teller, measures[at : at + count]
             at += count
 
     def _embedded(self, tokens_BT: Tensor, layout: Layout, streaming: bool) -> Tensor:

@@ -5,9 +5,12 @@ One pair of processes runs a whole matrix, since starting them costs more than t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +19,16 @@ import torch
 from configs.load import Layers
 from configs.load import build as checked
 from data_pipeline.batch import Batch, collate
+from pretrain import faults
 from pretrain.checkpoint import CheckpointStore
 from pretrain.checkpoint_files import newest_readable, open_files
 from pretrain.config import CheckpointConfig, EngineConfig, ModelConfig, OptimConfig, PartConfig
 from pretrain.engine import Engine, TorchEngine
 from pretrain.engine_deepspeed import DeepSpeedEngine, start_distributed
-from pretrain.init import initialise
+from pretrain.init import constant, declare, initialise
+from pretrain.model import LossParts
 from pretrain.models.build import build
+from pretrain.models.language_model import LanguageModel
 from pretrain.parallel import Ranks, finish
 from pretrain.run import leave
 from pretrain.run_folder import RunFolder
@@ -33,16 +39,39 @@ CPU = torch.device("cpu")
 VOCAB, LENGTH, ROWS = 67, 24, 8
 
 
+class Counting(LanguageModel):
+    """A model half frozen, which counts in a buffer what only updates may tell it."""
+
+    def __init__(self, config: ModelConfig, vocab: int) -> None:
+        super().__init__(config, vocab)
+        self.register_buffer("counts", torch.empty(3, dtype=torch.long))
+        declare(self, {"counts": constant(1 << 40)})
+        self.blocks[0].requires_grad_(False)
+        self.embed.requires_grad_(False)
+        self.now = -1
+
+    def begin_step(self, step: int) -> None:
+        self.now = step
+
+    def forward(self, batch: Batch) -> LossParts:
+        told = [1.0, float(self.now), float(batch.targets_BT.numel())]
+        return super().forward(batch)._replace(measures=torch.tensor(told))
+
+    def settle(self, measures: Sequence[float]) -> None:
+        # a number that neither fp32 nor the finite check of floats could take
+        self.counts -= torch.tensor(measures).long()
+
+
 def engine_of(
     stage: str, precision: str = "fp32", micro: int | None = None, model: ModelConfig | None = None,
-    optim: OptimConfig | None = None, **more: object,
+    optim: OptimConfig | None = None, counting: bool = False, **more: object,
 ) -> Engine:  # fmt: skip
     """An engine over a small hybrid with odd sizes, biases and two parameter groups."""
     model = model or ModelConfig(
         width=20, depth=2, length=LENGTH, bias=True, norm="layernorm",
         mixers=tuple(PartConfig(name=name, options={"heads": 2}) for name in ("attention", "correlation")),
     )  # fmt: skip
-    built = build(model, VOCAB).to_empty(device="cpu")
+    built = (Counting(model, VOCAB) if counting else build(model, VOCAB)).to_empty(device="cpu")
     initialise(built, 0)
     optim = optim or OptimConfig(lr=5e-3, clip=0.5)
     shared = {"sources": 2, "seed": 0, "device": CPU}
@@ -107,41 +136,45 @@ def agree(out: Path, stages: list[str], precision: str, steps: int) -> object:
 
 
 def reshard(
-    out: Path, writers: list[str], readers: list[str], precision: str = "fp32", source: str | None = None
-) -> object:
+    out: Path, writers: list[str], readers: list[str], precision: str = "fp32", source: str | None = None,
+    counting: bool = False,
+) -> object:  # fmt: skip
     """Save with each writer, or read what another layout saved at `source`, and go on with each reader."""
     results: dict[str, object] = {}
     for writer in writers:
         folder = (Path(source) if source else out) / f"saved-{writer}"
         if source is None:
-            engine = engine_of(writer, precision)
+            engine = engine_of(writer, precision, counting=counting)
             train(engine, 0, 4)
             results[f"{writer} state"] = whole_state(engine, folder)
             results[f"{writer} losses"] = train(engine, 4, 8)
         for reader in readers:
-            engine = engine_of(reader, precision)
+            engine = engine_of(reader, precision, counting=counting)
             engine.load(open_files(newest_readable(RunFolder(folder))))
             results[f"{writer}>{reader} state"] = whole_state(engine, out / f"again-{writer}-{reader}")
             results[f"{writer}>{reader} losses"] = train(engine, 4, 8)
     return results
 
 
+@contextlib.contextmanager
+def faults_set(text: str) -> Iterator[None]:
+    """Faults that are armed for a while."""
+    os.environ["LEVIATHAN_FAULT"] = text
+    faults.armed.cache_clear()
+    yield
+    del os.environ["LEVIATHAN_FAULT"]
+    faults.armed.cache_clear()
+
+
 def skip(out: Path, stages: list[str], precision: str) -> object:
     """A step whose loss is NaN on the last rank alone: what it changes, and that training goes on."""
-    import os
-
-    from pretrain import faults
-
     results = {}
     for stage in stages:
         engine = engine_of(stage, precision)
         train(engine, 0, 2)
         before = whole_state(engine, out / f"before-{stage}")
-        os.environ["LEVIATHAN_FAULT"] = f"step.before_update:{RANKS.world - 1}:2:nan"
-        faults.armed.cache_clear()
-        result = engine.step(batches(2), 2, 1.0)
-        del os.environ["LEVIATHAN_FAULT"]
-        faults.armed.cache_clear()
+        with faults_set(f"step.before_update:{RANKS.world - 1}:2:nan"):
+            result = engine.step(batches(2), 2, 1.0)
         after = whole_state(engine, out / f"after-{stage}")
         later = engine.step(batches(3), 3, 1.0)
         results[stage] = [result.skipped, result.grad_norm, before == after, later.skipped, later.loss]
@@ -210,6 +243,21 @@ def models(out: Path, configs: dict[str, dict[str, object]], stages: list[str], 
             engine = engine_of(stage, model=checked(ModelConfig, Layers(dict(config))))
             rows = [engine.step(batches(step), step, 1.0) for step in range(steps)]
             results[f"{name} {stage}"] = [[r.loss, r.grad_norm] for r in rows]
+    return results
+
+
+def measures(out: Path, stages: list[str]) -> object:
+    """What steps tell of a counting model, one of them skipped; its count after them; what it holds for whom."""
+    results = {}
+    for stage in stages:
+        engine = engine_of(stage, counting=True)
+        told = [engine.step(batches(step), step, 1.0).measures for step in range(2)]
+        with faults_set(f"step.before_update:{RANKS.world - 1}:2:nan"):
+            engine.step(batches(2), 2, 1.0)
+        kinds: dict[str, list[str]] = {}
+        for fragment in engine.state().fragments:
+            kinds.setdefault(fragment.name, []).append(fragment.kind)
+        results[stage] = [told, engine.model.counts.tolist(), kinds]
     return results
 
 

@@ -103,3 +103,41 @@ def test_muon_trains_matrices_and_resumes_to_the_bit(tmp_path):
     for first, second, again in (*results.values(), *plain.values()):
         assert second == again
         assert float.fromhex(first[-1]) < float.fromhex(first[0])
+
+
+def test_measures_are_summed_over_everything_and_settle_what_an_update_was_made_with(tmp_path):
+    everyone = run_ranks(WORKER, "measures", 2, tmp_path, stages=STAGES)
+    everyone |= run_ranks(WORKER, "measures", 1, tmp_path / "t", stages=["torch"])
+    for stage, (told, counts, kinds) in everyone.items():
+        batches = 2 if stage == "torch" else 4
+        assert told == [[batches, batches * step, 8 * 24] for step in (0, 1)], stage
+        # the third step was skipped
+        assert counts == [(1 << 40) - 2 * batches, (1 << 40) - batches, (1 << 40) - 2 * 8 * 24], stage
+        frozen = {name: kept for name, kept in kinds.items() if name.startswith(("blocks.0.", "embed."))}
+        assert all(set(kept) == {"param"} for kept in frozen.values()), stage
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_frozen_and_what_is_counted_is_taken_over_by_every_layout(precision, tmp_path):
+    everyone = ["torch", *STAGES]
+    alone = run_ranks(
+        WORKER, "reshard", 1, tmp_path / "1", writers=everyone, readers=everyone, precision=precision, counting=True
+    )
+    for writer in everyone:
+        assert int(alone[f"{writer} state"]["updates"]) == 4
+        for reader in everyone:
+            assert alone[f"{writer}>{reader} state"] == alone[f"{writer} state"], (writer, reader)
+    both = run_ranks(
+        WORKER, "reshard", 2, tmp_path / "2", writers=everyone, readers=STAGES, precision=precision, counting=True,
+        source=str(tmp_path / "1"),
+    )  # fmt: skip
+    for writer in everyone:
+        for reader in STAGES:
+            assert both[f"{writer}>{reader} state"] == alone[f"{writer} state"], (writer, reader)
+    own = run_ranks(
+        WORKER, "reshard", 2, tmp_path / "own", writers=STAGES, readers=STAGES, precision=precision, counting=True
+    )
+    for writer in STAGES:
+        assert own[f"{writer}>{writer} losses"] == own[f"{writer} losses"], writer
+        for reader in STAGES:
+            assert own[f"{writer}>{reader} state"] == own[f"{writer} state"], (writer, reader)

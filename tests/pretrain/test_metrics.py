@@ -23,11 +23,11 @@ from typing import Any
 import pytest
 
 from configs.errors import DataError
+from pretrain.leveldb_log import log_records
 from pretrain.metrics import (
     WINDOW_STEPS,
     JsonlSink,
     Meter,
-    _log_records,
     read_offline_steps,
     redact,
     resident_mib,
@@ -42,6 +42,7 @@ SESSION = """
 import json, os, signal, sys, time
 from pathlib import Path
 from pretrain import metrics
+from pretrain.leveldb_log import log_records
 from pretrain.metrics import JsonlSink, WandbMirror, read_offline_steps
 from pretrain.run_folder import RunFolder
 
@@ -110,8 +111,15 @@ def losses(last: int) -> dict[int, float]:
 
 def result(loss: float = 3.25, grad_norm: float | None = 1.5, by_source: tuple = (3.0, None)) -> Any:
     return SimpleNamespace(
-        loss=loss, grad_norm=grad_norm, skipped=grad_norm is None, tokens=64, source_loss=list(by_source), votes=[]
-    )
+        loss=loss, grad_norm=grad_norm, skipped=grad_norm is None, tokens=64, source_loss=list(by_source), votes=[],
+        measures=[6.0, 2.0],
+    )  # fmt: skip
+
+
+def test_a_row_holds_what_the_models_measures_say_but_not_of_a_skipped_step() -> None:
+    meter = Meter(0, ["books"], 1000, 6e6, figures=lambda measures: {"share": measures[0] / sum(measures)})
+    assert meter.row(1, result(), 1e-3, 0.1, 0.0)["model"] == {"share": 0.75}
+    assert meter.row(2, result(grad_norm=None), 1e-3, 0.1, 0.0)["model"] == {}
 
 
 def test_a_row_holds_every_field_and_its_floats_survive_the_file_exactly(tmp_path: Path) -> None:
@@ -217,7 +225,7 @@ def test_a_torn_or_damaged_log_is_read_up_to_the_damage_and_a_step_that_stands_t
         log.write_bytes(damaged)
         steps = read_offline_steps(folder.path)
         assert list(steps) == list(range(1, len(steps) + 1)) and len(steps) < 200
-    assert sum(1 for _ in _log_records(whole)) > 200
+    assert sum(1 for _ in log_records(whole)) > 200
     log.write_bytes(whole)
     shutil.copytree(log.parent, log.parent.with_name("offline-run-copy"))
     with pytest.raises(DataError, match="stands twice"):
