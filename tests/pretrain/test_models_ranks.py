@@ -19,6 +19,14 @@ MODELS: dict[str, dict[str, object]] = {
         "ensemble": {"modules": ["one", "two"], "fusion": "mhc", "width": 16, "freeze": "modules"},
     },
     "blocks": {**SMALL, "mixers": [{"name": "correlation"}, {"name": "attention"}]},
+    "wrapped": {**SMALL, "wrap": {"passes": 3}},
+    "wrapped, all passes trained and run again": {
+        **SMALL,
+        "wrap": {"passes": 3, "loss": "mean_all", "checkpoint": True},
+    },
+    "geodesic": {**SMALL, "stack": {"name": "geodesic"}},
+    "logits": {**SMALL, "tie": False, "bias": True, "norm": "layernorm", "logits": {"hidden": 12, "rank": 3}},
+    "logits of a frozen backbone": {**SMALL, "logits": {"hidden": 12, "freeze_backbone": True}},
 }
 
 
