@@ -164,14 +164,17 @@ def mixers_new(name: Annotated[str, typer.Argument(metavar="NAME", help="For exa
 def train(
     words: Words,
     ranks: Ranks = None,
-    branch: Annotated[str | None, typer.Option("--from", help="RUN or RUN@STEP to begin a new run from.")] = None,
+    branch: Annotated[
+        list[str] | None,
+        typer.Option("--from", help="RUN or RUN@STEP to begin a new run from; of an ensemble MODULE=RUN for each."),
+    ] = None,
     allow: Annotated[list[str] | None, typer.Option(help="A key that may differ from the run's beginning.")] = None,
 ) -> None:
     """Train here, under a supervisor; go on where the run was, if it was begun before."""
     from launcher.train import train_here
 
     files, values = _split(words)
-    raise typer.Exit(train_here(files, values, ranks=ranks, branch=branch, allow=allow or []))
+    raise typer.Exit(train_here(files, values, ranks=ranks, branch=branch or [], allow=allow or []))
 
 
 @app.command(rich_help_panel=TRAIN)

@@ -15,6 +15,7 @@ from typing import Any
 from configs.errors import ConfigError, LeviathanError
 from configs.load import Layers, build, load, read, to_yaml
 from data_pipeline.files import write_whole
+from launcher.branch import origin_of
 from launcher.config import LaunchConfig
 from launcher.runs import check_not_in_use
 from pretrain.config import PartConfig, RunConfig, may_change, micro_rows, must_match, short_hash, total_steps
@@ -67,35 +68,43 @@ def _check_parts(config: RunConfig, layers: Layers) -> None:
 
 
 def prepare(
-    files: Sequence[str | Path], words: Sequence[str], *, ranks: int | None, branch: str | None, allow: Sequence[str]
+    files: Sequence[str | Path], words: Sequence[str], *, ranks: int | None, branch: Sequence[str], allow: Sequence[str]
 ) -> Prepared:
     """A run folder for these files and words: a new one, or the one of an earlier start, to go on with.
 
-    ranks: instead of launch.ranks. branch: RUN or RUN@STEP that a new run begins from. allow: keys that may differ from
-    the earlier start although they make it another run.
+    ranks: instead of launch.ranks. branch: what a new run begins from, see `origin_of`. allow: keys that may differ
+    from the earlier start although they make it another run.
     """
     config, launch, layers = _parse(files, words)
     if ranks is not None:
         launch = launch.model_copy(update={"ranks": ranks})
     check_rows(config, launch.ranks)
     _check_parts(config, layers)
-    folder = run_folder(config, files)
-    name = folder.name
+    return make_ready(config, launch, run_folder(config, files), branch=branch, allow=allow)
+
+
+def make_ready(
+    config: RunConfig, launch: LaunchConfig, folder: RunFolder, *, branch: Sequence[str] = (),
+    allow: Sequence[str] = (), verb: str = "train",
+) -> Prepared:  # fmt: skip
+    """The folder of a run whose configuration is checked. verb: of the command that goes on with it."""
     # before anything is written: the run that has the folder reads it at every restart
     check_not_in_use(folder)
-    origin = _origin(branch, Path(config.run.dir).expanduser(), folder) if branch is not None else None
+    begun, runs = has_begun(folder), Path(config.run.dir).expanduser()
+    origin = origin_of(branch, config.model.ensemble.modules, runs, folder, begun) if branch else None
     config, copies = own_mixers(config, folder)
-    changes = changes_since(folder, config, allow) if has_begun(folder) else {}
+    changes = changes_since(folder, config, allow) if begun else {}
     if changes:
         folder.event("change", f"configuration changed: {_shown(changes)}", changes=changes)
     folder.make()
     for target, code in copies.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, code)
-    facts = {"run_id": uuid.uuid4().hex, "name": name, "created": time.time()} if not folder.facts() else {}
+    new = {"run_id": uuid.uuid4().hex, "name": folder.name, "created": time.time()} if not folder.facts() else {}
     if origin is not None:
-        facts["from"] = origin
-    folder.set_facts(**facts, steps=total_steps(config), ranks=launch.ranks, code=_code_version(folder))
+        new["from"] = origin
+    facts = {"steps": total_steps(config), "ranks": launch.ranks, "verb": verb, "code": _code_version(folder)}
+    folder.set_facts(**new, **facts)
     write_whole(folder.config, to_yaml(config).encode())
     write_whole(folder.launch, to_yaml(launch).encode())
     folder.stop_request.unlink(missing_ok=True)
@@ -226,31 +235,6 @@ def _placed(config: RunConfig, place: Callable[[Path], Path]) -> RunConfig:
 
     parts = {"mixers": tuple(map(move, config.model.mixers)), "channel": move(config.model.channel)}
     return config.model_copy(update={"model": config.model.model_copy(update=parts)})
-
-
-def _origin(branch: str, runs: Path, folder: RunFolder) -> dict[str, Any]:
-    """The run and step that a branch begins from."""
-    name, _, step = branch.partition("@")
-    if step and not step.isdigit():
-        raise ConfigError(f"--from {branch}: {step!r} is no step; write RUN or RUN@STEP, for example {name}@1000")
-    other = RunFolder.find(name, runs)
-    if other.path.resolve() == folder.path.resolve():
-        raise ConfigError(f"--from {branch} names the run itself; give the branch another run.name")
-    place = str(other.path.resolve())
-    if has_begun(folder):
-        known = folder.facts().get("from")
-        if known is None or known["run"] != place or (step and int(step) != known["step"]):
-            began = f"from {known['run']}@{known['step']}" if known else "from nothing"
-            raise ConfigError(
-                f"run {folder.name} has begun, {began}; go on with it without --from {branch}, or give the branch"
-                " another run.name"
-            )
-        return known
-    newest = max(other.committed_steps(), default=None)
-    if newest is None:
-        raise ConfigError(f"--from {branch}: run {other.name} has no checkpoint yet; branch when it has saved one")
-    # a number even where none was asked for: the other run may go on before this one saves its first checkpoint
-    return {"run": place, "step": int(step) if step else newest}
 
 
 def _code_version(folder: RunFolder) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from configs.errors import LeviathanError, UsageError
 from data_pipeline.files import human_bytes
+from launcher.branch import shown
 from launcher.runs import Owner, State, owners, read_state, state_of, tail
 from launcher.screen import PLAIN_EVERY_S, harmless, make_facts, make_table, make_terminal, one_line, told
 from pretrain.plots import short_number
@@ -178,7 +179,7 @@ def _details(state: State) -> Table:
     if commit:
         table.add_row("code", commit[:12] + (" with changes (code.patch)" if facts["code"].get("dirty") else ""))
     if "from" in facts:
-        table.add_row("began from", harmless(str(facts["from"]["run"])))
+        table.add_row("began from", harmless(shown(facts["from"])))
     table.add_row("created", f"{_date(facts['created'])}, last sign of life {_date(state.active)}")
     return table
 

@@ -15,9 +15,12 @@ from launcher.prepare import prepare
 from pretrain.config import total_steps
 from pretrain.run_folder import RunFolder
 
+FOR_GOOD = (USAGE, DATA_INVALID, CANNOT_GO_ON, WRONG_CONFIG)
+"""Exit codes of a run that nobody should start again before something was changed."""
+
 
 def train_here(
-    files: Sequence[str], words: Sequence[str], *, ranks: int | None, branch: str | None, allow: Sequence[str]
+    files: Sequence[str], words: Sequence[str], *, ranks: int | None, branch: Sequence[str], allow: Sequence[str]
 ) -> int:
     """Train on this machine; return the exit code."""
     os.umask(0o077)  # a run is its owner's alone
@@ -29,15 +32,21 @@ def train_here(
         code = LocalRun(prepared.folder, prepared.launch, console.poll).run()
     finally:
         console.close()
-    if code in (USAGE, DATA_INVALID, CANNOT_GO_ON, WRONG_CONFIG):
+    if code in FOR_GOOD:
         # what a rank found is told where mistakes of the command line are told
-        stops = [event["message"] for event in prepared.folder.history() if event["event"] == "stop"]
-        print(f"error: {stops[-1].removeprefix('stopped: ')}", file=sys.stderr)
-    terminal.print(_ending(prepared.folder, code), soft_wrap=True)
+        print(f"error: {cause_of_end(prepared.folder)}", file=sys.stderr)
+    terminal.print(ending(prepared.folder, code), soft_wrap=True)
     return code
 
 
-def _ending(folder: RunFolder, code: int) -> str:
+def cause_of_end(folder: RunFolder) -> str:
+    """Why a run ended that cannot go on."""
+    stops = [event["message"] for event in folder.history() if event["event"] == "stop"]
+    return stops[-1].removeprefix("stopped: ") if stops else "its supervisor ended without a word"
+
+
+def ending(folder: RunFolder, code: int) -> str:
+    """What is told when a run has ended: how, and what comes next."""
     name = folder.name
     if code == DONE:
         return f"done. Next: leviathan eval {name} | leviathan generate {name} --prompt … | leviathan report {name}"

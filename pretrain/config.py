@@ -11,7 +11,9 @@ from pydantic import model_validator
 
 from configs.schema import Config, key, section, values
 from data_pipeline.config import DataConfig
-from pretrain.ensemble.config import EnsembleConfig
+from pretrain.ensemble.config import EnsembleConfig, ModulesConfig
+
+RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
 
 class PartConfig(Config):
@@ -160,7 +162,7 @@ class RunSection(Config):
 
     name: str | None = key(
         None, "free", "folder under `dir`; empty: the last file's name and a hash of what must not change",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        pattern=RUN_NAME,
     )  # fmt: skip
     dir: str = key("runs", "free", "folder of all runs")
     seed: int = key(0, "match", "everything random is derived from it", ge=0)
@@ -174,6 +176,7 @@ class RunConfig(Config):
     model: ModelConfig = section(ModelConfig)
     optim: OptimConfig = section(OptimConfig)
     train: TrainConfig = section(TrainConfig)
+    modules: ModulesConfig = section(ModulesConfig)
     engine: EngineConfig = section(EngineConfig)
     checkpoint: CheckpointConfig = section(CheckpointConfig)
     eval: EvalConfig = section(EvalConfig)

@@ -7,7 +7,7 @@ filling not counted.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import exp, log
 from typing import Any
@@ -90,35 +90,56 @@ def evaluate(
     *,
     batch_rows: int,
     alive: Callable[[], None] = lambda: None,
+    told_by: Callable[[Sequence[float]], dict[str, float]] = lambda measures: {},
 ) -> dict[str, Any]:
     """The figures of an evaluation, the same on every rank.
 
     forward: the loss of a batch without gradient. byte_lengths: bytes of text behind each token id. alive: called
-    before every batch.
+    before every batch. told_by: what the model's measures say, by names that `/` divides into a tree.
     """
     buckets = _bucket(heldout.length - 1) + 1
     sums = torch.zeros(len(heldout.sources), 3, dtype=torch.float64)
     places = torch.zeros(buckets, 2, dtype=torch.float64)
+    measures = torch.zeros(0, dtype=torch.float64)
     lengths = torch.from_numpy(byte_lengths)
     bucket_of = torch.tensor([_bucket(t) for t in range(heldout.length)])
     for batch in heldout.batches(ranks, batch_rows):
         alive()
-        loss_BT = forward(batch).loss_BT.double().cpu()
+        parts = forward(batch)
+        loss_BT = parts.loss_BT.double().cpu()
+        if parts.measures is not None:
+            told = parts.measures.double().cpu()
+            measures = measures + told if len(measures) else told
         counted = batch.targets_BT != IGNORE
         byte_BT = lengths[batch.targets_BT.clamp_min(0)] * counted
         per_row = torch.stack((loss_BT.sum(1), counted.sum(1).double(), byte_BT.sum(1).double()), dim=1)
         sums.index_add_(0, batch.source_B, per_row)
         per_token = torch.stack((loss_BT, counted.double()), dim=-1)
         places.index_add_(0, bucket_of[batch.pos_BT].flatten(), per_token.flatten(0, 1))
-    both = sum_over_ranks(torch.cat((sums.flatten(), places.flatten())))
-    sums, places = both[: sums.numel()].view_as(sums).cpu(), both[sums.numel() :].view_as(places).cpu()
+    sizes = [sums.numel(), places.numel(), measures.numel()]
+    flat = sum_over_ranks(torch.cat((sums.flatten(), places.flatten(), measures))).cpu().split(sizes)
+    sums, places = flat[0].view_as(sums), flat[1].view_as(places)
     named = {name: _figures(*sums[i].tolist()) for i, name in enumerate(heldout.sources) if sums[i, 1] > 0}
     by_position = [
         [2**k - 1, min(2 ** (k + 1) - 2, heldout.length - 1), total / count, int(count)]
         for k, (total, count) in enumerate(places.tolist())
         if count
     ]
-    return {"time": time.time(), **_figures(*sums.sum(0).tolist()), "sources": named, "by_position": by_position}
+    record = {"time": time.time(), **_figures(*sums.sum(0).tolist()), "sources": named, "by_position": by_position}
+    tree = _tree(told_by(flat[2].tolist()) if len(flat[2]) else {})
+    return record | ({"model": tree} if tree else {})
+
+
+def _tree(flat: dict[str, float]) -> dict[str, Any]:
+    """`{"a/b": 1}` as `{"a": {"b": 1}}`."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *path, last = name.split("/")
+        place = tree
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return tree
 
 
 def _bucket(position: int) -> int:

@@ -6,9 +6,10 @@ order of construction. Models are built on the meta device, given memory, then f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.parallel import derive_seed
@@ -39,6 +40,16 @@ def values(make: Callable[[], Tensor]) -> Fill:
 def declare(module: nn.Module, fills: Mapping[str, Fill]) -> None:
     """Say how a module's own parameters begin."""
     module.fills = dict(fills)  # type: ignore[assignment]
+
+
+class Linear(nn.Linear):
+    """torch's linear layer; under torch.func.vmap its rows are one matrix, since the rule for three dimensions would
+    multiply, and sum gradients, row by row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim > 2 and torch._C._functorch.is_batchedtensor(self.weight):
+            return F.linear(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
+        return F.linear(x, self.weight, self.bias)
 
 
 def linear(fan_in: int, fan_out: int, *, bias: bool = False) -> nn.Linear:
@@ -72,7 +83,7 @@ def embedding(count: int, width: int) -> nn.Embedding:
 
 
 def _linear(fan_in: int, fan_out: int, bias: bool, weight: Fill) -> nn.Linear:
-    layer = nn.Linear(fan_in, fan_out, bias=bias)
+    layer = Linear(fan_in, fan_out, bias=bias)
     declare(layer, {"weight": weight} | ({"bias": constant(0.0)} if bias else {}))
     return layer
 
@@ -80,6 +91,21 @@ def _linear(fan_in: int, fan_out: int, bias: bool, weight: Fill) -> nn.Linear:
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
     """Fill every parameter and buffer as declared. Raises TypeError for one that nobody declared."""
+    for name, tensor, fill in _declared(model):
+        fill(tensor, _generator(seed, name))
+
+
+@torch.no_grad()
+def first_values(model: nn.Module, seed: int, names: Collection[str]) -> dict[str, Tensor]:
+    """What `initialise` fills some parameters and buffers with, on the CPU; the model may be without memory."""
+    return {
+        name: fill(torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"), _generator(seed, name))
+        for name, tensor, fill in _declared(model)
+        if name in names
+    }
+
+
+def _declared(model: nn.Module) -> Iterator[tuple[str, Tensor, Fill]]:
     for path, module in model.named_modules():
         fills = getattr(module, "fills", {})
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
@@ -87,8 +113,11 @@ def initialise(model: nn.Module, seed: int) -> None:
             if name not in fills:
                 kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
                 raise TypeError(f"nobody says how the {kind} {full} begins; declare it where it is made")
-            generator = torch.Generator().manual_seed(derive_seed(seed, "init", full))
-            fills[name](tensor, generator)
+            yield full, tensor, fills[name]
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(derive_seed(seed, "init", name))
 
 
 def _fp32(tensor: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from pretrain.checkpoint_files import Checkpoint, newest_readable, open_files
 from pretrain.config import RunConfig, micro_rows, total_steps
 from pretrain.cost import cost_of, peak_flops
 from pretrain.engine import Engine, TorchEngine
+from pretrain.ensemble.combine import join
 from pretrain.evaluate import HeldOut, evaluate
 from pretrain.faults import fault_point
 from pretrain.health import Heartbeat, StopRequests
@@ -129,6 +130,10 @@ class Session:
         if found is None:
             found = self._branch_point()
         fresh = Place(0, 0, [(0, self._weights())], [])
+        modules = (self.folder.facts().get("from") or {}).get("modules")
+        if found is None and modules is not None:
+            self._join(modules)
+            return fresh
         if found is None:
             if self.ranks.first and self.attempt:
                 self.folder.event("resume", "no checkpoint was saved yet: starting from step 0", step=0)
@@ -151,7 +156,7 @@ class Session:
     def _branch_point(self) -> Checkpoint | None:
         """The checkpoint of another run that this one branches from, if it does."""
         origin = self.folder.facts().get("from")
-        if origin is None:
+        if origin is None or "modules" in origin:
             return None
         other = RunFolder(Path(origin["run"]))
         found = newest_readable(other, origin["step"])
@@ -161,6 +166,14 @@ class Session:
                 f" have {self.dataset.manifest.tokenizer.sha256[:12]}…); branch with data of the same tokenizer"
             )
         return found
+
+    def _join(self, modules: Record) -> None:
+        """Begin an ensemble with the modules that were trained alone."""
+        model = build(self.config.model, self.dataset.tokenizer.vocab)
+        self.engine.load(join(modules, model, self.dataset.manifest.tokenizer.sha256, self.config.run.seed))
+        if self.ranks.first:
+            told = ", ".join(f"{name} ({origin['run']}, step {origin['step']})" for name, origin in modules.items())
+            self.folder.event("join", f"joined {told}", step=0)
 
     def _check_shapes(self, found: Checkpoint) -> None:
         mine = {name: list(shape) for name, shape in self.engine.state().shapes.items()}
@@ -247,6 +260,7 @@ class Session:
             self.ranks,
             batch_rows=self.config.eval.batch_rows,
             alive=lambda: self.heartbeat.at("evaluate", step),
+            told_by=self.engine.model.figures,
         )
         return {"step": step, "attempt": self.attempt, **figures}
 

@@ -59,5 +59,6 @@ def evaluate_trained(
             Ranks(0, 1, 0, "here"),
             batch_rows=batch_rows,
             alive=alive,
+            told_by=trained.model.figures,
         )
     return {"step": trained.step, "attempt": 0, **figures}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import model_validator
 
+from configs.errors import UsageError
 from configs.schema import Config, key
 
 Fusion = Literal["none", "mhc", "posterior", "uniform"]
@@ -53,3 +55,26 @@ class EnsembleConfig(Config):
                 f"sends a domain to {lost[0]!r}, which is no module; name one of {', '.join(self.modules)}"
             )
         return self
+
+
+class ModulesConfig(Config):
+    """How each module of an ensemble is trained alone, by `leviathan ensemble`, before all are joined."""
+
+    steps: int = key(250, "record", "steps of each module alone", gt=0)
+    lr: float | None = key(None, "record", "highest learning rate of a module alone; empty: optim.lr", gt=0)
+    shared_fraction: float = key(
+        0.05, "record", "share of a module's rows that are of other modules' sources, so that it knows of them",
+        gt=0, lt=1,
+    )  # fmt: skip
+    side_by_side: int = key(1, "free", "modules trained here at the same time, where there is room for them", gt=0)
+
+
+def remaining(modules: Sequence[str], left_out: Sequence[str]) -> tuple[str, ...]:
+    """The modules that are left. Raises UsageError where one is none of them, or none is left."""
+    lost = sorted(set(left_out) - set(modules))
+    if lost:
+        raise UsageError(f"there is no module {lost[0]!r}; this ensemble has {', '.join(modules)}")
+    kept = tuple(name for name in modules if name not in left_out)
+    if not kept:
+        raise UsageError("all modules are left out; keep at least one")
+    return kept

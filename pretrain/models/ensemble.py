@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from configs.errors import ConfigError, UsageError
 from data_pipeline.batch import IGNORE, Batch
 from pretrain.config import ModelConfig
+from pretrain.ensemble.config import remaining
 from pretrain.ensemble.fusion import Fusion
 from pretrain.ensemble.losses import Heads, evidence, module_logits, module_losses
 from pretrain.ensemble.pairs import Pairs
@@ -185,12 +186,8 @@ class LeviathanModelEnsemble(Model):
 
     def without(self, names: Sequence[str]) -> None:
         """From now on leave these modules out; the relevance of the others adds up to 1. Raises UsageError."""
-        lost = sorted(set(names) - set(self.modules_named))
-        if lost:
-            raise UsageError(f"there is no module {lost[0]!r}; this ensemble has {', '.join(self.modules_named)}")
-        self.present = [name not in names for name in self.modules_named]
-        if not any(self.present):
-            raise UsageError("all modules are left out; keep at least one")
+        kept = remaining(self.modules_named, names)
+        self.present = [name in kept for name in self.modules_named]
 
     def know_sources(self, sources: Sequence[str]) -> None:
         self._sources = list(sources)
@@ -203,6 +200,15 @@ class LeviathanModelEnsemble(Model):
             return []
         of_each = [f"{what}/{name}" for what in ("relevance", "loss") for name in self.modules_named]
         return [f"{source}/{what}" for source in self._sources for what in ("tokens", *of_each)]
+
+    def figures(self, measures: Sequence[float]) -> dict[str, float]:
+        """Means over the tokens of a source, where it had any."""
+        sums, out = dict(zip(self.measure_names(), measures)), {}
+        for name, value in sums.items():
+            tokens = sums[f"{name.split('/')[0]}/tokens"]
+            if tokens and not name.endswith("/tokens"):
+                out[name] = value / tokens
+        return out
 
     def _measures(self, batch: Batch, log_pi_MBT: Tensor, loss_MBT: Tensor, counted_BT: Tensor) -> Tensor | None:
         """Per source: counted tokens, and sums over them of relevance and loss of each module."""

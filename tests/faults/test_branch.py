@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def config(tmp_path: Path, shards: Path, corpus: Path) -> Path:
     return small_config(tmp_path, shards, corpus)
 
 
-def train(config: Path, *words: str, branch: str | None = None, allow: tuple[str, ...] = ()) -> RunFolder:
+def train(config: Path, *words: str, branch: Sequence[str] = (), allow: tuple[str, ...] = ()) -> RunFolder:
     """What the verb `train` does, within this process."""
     prepared = prepare([config], ["engine.name=torch", *words], ranks=1, branch=branch, allow=allow)
     session = Session(prepared.folder, prepared.config, Heartbeat(None))
@@ -80,11 +81,11 @@ def test_a_branch_that_is_killed_before_it_saved_anything_begins_there_again(con
 
 def test_a_branch_may_be_trained_otherwise_from_there_on(config):
     origin = train_small(config)
-    other = train(config, "run.name=other", "optim.lr=1e-2", branch="small@10")
+    other = train(config, "run.name=other", "optim.lr=1e-2", branch=["small@10"])
     assert losses(other)[11] == losses(origin)[11], "the loss is of the state before the update"
     assert losses(other)[12] != losses(origin)[12]
     assert other.steps()[11]["lr"] == pytest.approx(2 * origin.steps()[11]["lr"])
-    again = train(config, "run.name=again", "data.sources.lists.weight=50", branch="small@10")
+    again = train(config, "run.name=again", "data.sources.lists.weight=50", branch=["small@10"])
     rows = [newest_readable(run).facts["data"]["weights"] for run in (origin, again)]
     assert rows[1][: len(rows[0])] == rows[0]
     assert rows[1][1:] == [[80, {"letters": 1.0, "lists": 50.0}]]
@@ -92,7 +93,7 @@ def test_a_branch_may_be_trained_otherwise_from_there_on(config):
 
 def test_a_branch_without_a_step_begins_at_the_newest_and_stays_with_it(config):
     origin = train_small(config, "train.steps=10")
-    prepared = prepare([config], ["run.name=other"], ranks=1, branch="small", allow=[])
+    prepared = prepare([config], ["run.name=other"], ranks=1, branch=["small"], allow=[])
     assert prepared.folder.facts()["from"]["step"] == 10
     # the other run goes on before the branch begins, or while it is started again
     train(config)
@@ -104,24 +105,24 @@ def test_a_branch_without_a_step_begins_at_the_newest_and_stays_with_it(config):
 
 def test_a_run_that_has_begun_keeps_its_origin(config):
     train_small(config)
-    other = train(config, "run.name=other", branch="small@10")
+    other = train(config, "run.name=other", branch=["small@10"])
     before = other.facts()["from"]
     with pytest.raises(ConfigError, match=r"run other has begun, from .*/small@10; .* another run\.name"):
-        prepare([config], ["run.name=other"], ranks=1, branch="small@5", allow=[])
+        prepare([config], ["run.name=other"], ranks=1, branch=["small@5"], allow=[])
     plain = train(config, "run.name=plain", "train.steps=5")
     with pytest.raises(ConfigError, match=r"run plain has begun, from nothing; .* another run\.name"):
-        prepare([config], ["run.name=plain"], ranks=1, branch="small@5", allow=[])
+        prepare([config], ["run.name=plain"], ranks=1, branch=["small@5"], allow=[])
     assert "from" not in plain.facts()
     # the same command as before is how a branch goes on
-    train(config, "run.name=other", "train.steps=14", branch="small@10")
+    train(config, "run.name=other", "train.steps=14", branch=["small@10"])
     assert other.facts()["from"] == before
     assert events(other, "resume")[-1] == "resumed from step_000000012"
 
 
 def test_there_is_no_branch_from_a_run_that_saved_nothing(config):
-    prepare([config], [], ranks=1, branch=None, allow=[])
+    prepare([config], [], ranks=1, branch=(), allow=[])
     with pytest.raises(ConfigError, match=r"--from small: run small has no checkpoint yet"):
-        prepare([config], ["run.name=other"], ranks=1, branch="small", allow=[])
+        prepare([config], ["run.name=other"], ranks=1, branch=["small"], allow=[])
 
 
 def test_a_run_whose_steps_are_extended_goes_on_and_says_so(config):

@@ -76,7 +76,7 @@ def write(path: Path, text: str) -> Path:
 
 
 def start(*files: Path, words: tuple[str, ...] = ()):
-    return prepare(files, ["engine.name=torch", *words], ranks=1, branch=None, allow=[])
+    return prepare(files, ["engine.name=torch", *words], ranks=1, branch=(), allow=[])
 
 
 def refusal(call: Callable[[], object]) -> str:

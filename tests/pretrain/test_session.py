@@ -17,7 +17,7 @@ NOT_NEEDED = ("ray", "wandb", "sentencepiece", "matplotlib", "pytest", "scipy")
 
 def test_a_rank_trains_on_an_image_that_holds_no_more_than_training_needs(tmp_path, shards, corpus):
     config = small_config(tmp_path, shards, corpus)
-    folder = prepare([config], ["train.steps=3"], ranks=1, branch=None, allow=[]).folder
+    folder = prepare([config], ["train.steps=3"], ranks=1, branch=(), allow=[]).folder
     script = (
         f"import sys\nsys.modules.update(dict.fromkeys({NOT_NEEDED!r}))\n"
         "from pretrain.run import leave, main\nleave(main(sys.argv[1:]))"
@@ -42,7 +42,7 @@ def test_the_peak_is_measured_once_so_that_utilisation_means_the_same_after_a_re
 
 def test_a_rank_leaves_a_note_of_why_it_ended(tmp_path, shards, corpus):
     config = small_config(tmp_path, shards, corpus)
-    folder = prepare([config], ["model.length=60000"], ranks=1, branch=None, allow=[]).folder
+    folder = prepare([config], ["model.length=60000"], ranks=1, branch=(), allow=[]).folder
     words = [sys.executable, "-m", "pretrain.run", str(folder.path)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=100, env=os.environ, check=False)
     note = json.loads(folder.exit_of(0).read_bytes())

@@ -1,0 +1,76 @@
+"""The run that trains one module of an ensemble alone, derived from the configuration of the whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from configs.errors import ConfigError
+from data_pipeline.config import SourceConfig
+from pretrain.config import RUN_NAME, RunConfig
+from pretrain.ensemble.config import EnsembleConfig, ModulesConfig, remaining
+
+_DIGITS = 4
+"""Of a source's weight: they become whole numbers, which must not grow large."""
+
+
+def module_run(config: RunConfig, module: str) -> RunConfig:
+    """The run `NAME-MODULE` of a run that has a name: one module, mostly its own text, `modules.steps` steps.
+
+    What only the joint run needs (the fusion, its losses) is left out, so that another fusion finds the same modules.
+    Raises ConfigError where no source of text is for this module, or its name makes none for a run.
+    """
+    ensemble, modules, name = config.model.ensemble, config.modules, f"{config.run.name}-{module}"
+    if not re.match(RUN_NAME, name):
+        raise ConfigError(
+            f"the run of the module {module} would be called {name!r}, which is too long or no plain name; give a"
+            " shorter run.name, or the module another name"
+        )
+    alone = EnsembleConfig(
+        modules=(module,), couple_every=ensemble.couple_every, couple_heads=ensemble.couple_heads,
+        couple_lags=ensemble.couple_lags, alone_loss=ensemble.alone_loss,
+    )  # fmt: skip
+    parts = {
+        "run": config.run.model_copy(update={"name": name}),
+        "data": config.data.model_copy(update={"sources": _sources(config, module)}),
+        "model": config.model.model_copy(update={"ensemble": alone}),
+        "optim": config.optim.model_copy(update={"lr": modules.lr or config.optim.lr}),
+        "train": config.train.model_copy(update={"steps": modules.steps, "tokens": None}),
+        "modules": ModulesConfig(),
+    }
+    return config.model_copy(update=parts)
+
+
+def _sources(config: RunConfig, module: str) -> dict[str, SourceConfig]:
+    """The sources with the weights they have for a module: its own share what the others leave."""
+    sources, domains = config.data.sources, config.model.ensemble.domains
+    own = [name for name in sources if domains.get(name, name) == module]
+    if not own:
+        raise ConfigError(
+            f"no source of text is for the module {module!r}; call one of {', '.join(sources) or 'them'} so, or say"
+            " which with model.ensemble.domains"
+        )
+    others = [name for name in sources if name not in own]
+    shared = config.modules.shared_fraction if others else 0.0
+    weights: dict[str, float] = {}
+    for names, share in ((own, 1 - shared), (others, shared)):
+        total = sum(sources[name].weight for name in names)
+        weights |= {name: share * sources[name].weight / total for name in names}
+    least = 10**-_DIGITS
+    return {
+        name: source.model_copy(update={"weight": max(least, round(weights[name], _DIGITS))})
+        for name, source in sources.items()
+    }
+
+
+def without_modules(config: RunConfig, left_out: Sequence[str]) -> RunConfig:
+    """The ensemble of the other modules. Raises UsageError for one that is none, or where none is left."""
+    ensemble = config.model.ensemble
+    modules = remaining(ensemble.modules, left_out)
+    changed = {
+        "modules": modules,
+        "top": min(ensemble.top, len(modules)),
+        "domains": {source: module for source, module in ensemble.domains.items() if module in modules},
+    }
+    ensemble = ensemble.model_copy(update=changed)
+    return config.model_copy(update={"model": config.model.model_copy(update={"ensemble": ensemble})})

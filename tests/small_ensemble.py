@@ -1,0 +1,68 @@
+"""A small ensemble of two modules, by the reference engine: seconds to train, alone and joined."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from configs.errors import DONE
+from launcher.prepare import Prepared, make_ready, prepare, resolve
+from pretrain.ensemble.alone import module_run
+from pretrain.health import Heartbeat
+from pretrain.run_folder import RunFolder
+from pretrain.session import Session
+from tests.small_run import NobodyAsks
+
+MODULES = ("letters", "lists")
+STEPS, ALONE_STEPS = 8, 6
+
+
+def write_ensemble(folder: Path, shards: Path, corpus: Path, engine: str = "torch") -> Path:
+    """A configuration file whose modules are named as its sources."""
+    path = folder / "duo.yaml"
+    path.write_text(
+        f"""run: {{name: duo, dir: {folder / "runs"}}}
+data:
+  dir: {shards}
+  heldout: 0.1
+  shard_mib: 0.05
+  sources:
+    letters: {{path: {corpus / "letters"}}}
+    lists: {{path: {corpus / "lists"}}}
+model:
+  width: 16
+  depth: 2
+  length: 32
+  mixers: [{{name: correlation, options: {{heads: 2}}}}]
+  ensemble: {{modules: [letters, lists], couple_heads: 2, fusion: mhc, width: 16, heads: 2}}
+optim: {{lr: 5e-3, warmup_steps: 2}}
+train: {{steps: {STEPS}, batch_rows: 8}}
+modules: {{steps: {ALONE_STEPS}}}
+engine: {{name: {engine}, device: cpu, threads: 1}}
+checkpoint: {{every: 3, keep_last: 20}}
+eval: {{every: 4, rows: 16}}
+launch: {{hang_s: 10, ranks: {1 if engine == "torch" else 2}}}
+"""
+    )
+    return path
+
+
+def trained(prepared: Prepared) -> RunFolder:
+    """What a supervisor would do with a run that is ready, within this process."""
+    prepared.folder.event("launch", "attempt 0: starting 1 ranks here")
+    session = Session(prepared.folder, prepared.config, Heartbeat(None))
+    assert session.train(NobodyAsks()) == DONE
+    session.close()
+    return prepared.folder
+
+
+def train_module(config: Path, module: str, *words: str) -> RunFolder:
+    """One module alone."""
+    whole, launch = resolve([config], words)
+    alone = module_run(whole, module)
+    return trained(make_ready(alone, launch, RunFolder(Path(alone.run.dir) / str(alone.run.name))))
+
+
+def train_joined(config: Path, *words: str, branch: tuple[str, ...] | None = None) -> RunFolder:
+    """The joint run, from its modules' runs."""
+    origin = tuple(f"{name}=duo-{name}" for name in MODULES) if branch is None else branch
+    return trained(prepare([config], words, ranks=None, branch=origin, allow=[]))
