@@ -24,6 +24,21 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
         {"wrap": {"passes": 2, "loss": "mean_all", "checkpoint": True}},
     ],
     "geodesic": [{}, {"options": {"method": "semi_implicit", "rank": 1, "features": 9, "steps": 2, "truncate": 8}}],
+    "quartic": [
+        {},
+        {"options": {"edge_mixers": ["row"], "streams": 4}},
+        {"options": {"edge_mixers": ["prefix", "top", "diagonal"], "routed": 3}},
+        {"options": {"edge_mixers": []}, "norm": "layernorm", "bias": True, "positions": "learned", "depth": 1},
+    ],
+    "multistream": [
+        {"options": {"heads": 2}},
+        {"options": {"heads": 2, "streams": 3, "talking": "nonlinear", "diversity": 0.1}},
+        {"options": {"heads": 2, "talking": "none"}, "norm": "layernorm", "bias": True, "positions": "none"},
+    ],
+    "relational": [
+        {},
+        {"options": {"heads": 2, "edge_width": 6}, "norm": "layernorm", "bias": True, "positions": "none"},
+    ],
 }
 CASES = [(name, keys) for name in REGISTRY.names() for keys in VARIANTS.get(name, [{}])]
 IDS = [f"{name}-{number}" for number, (name, _) in enumerate(CASES)]
