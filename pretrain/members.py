@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from configs.errors import ConfigError
 from pretrain.init import Fill, declare
 from pretrain.parallel import derive_seed
 
@@ -32,6 +33,11 @@ class Members(nn.Module):
         super().__init__()
         with torch.device("meta"):
             template = make()
+        if any(True for _ in template.buffers()):
+            raise ConfigError(
+                "a part of an ensemble's models keeps counts beside its parameters, which models run as one have no room"
+                " for; choose options without (of moe: balance: loss)"
+            )
         self.names = list(names)
         # in a tuple it is no submodule: its parameters are shapes and names only
         self._template = (template,)
@@ -58,8 +64,8 @@ class Members(nn.Module):
             rest[:] = [torch.is_tensor(leaf) for leaf in leaves], leaves, tree
             return tuple(leaf for leaf in leaves if torch.is_tensor(leaf))
 
-        dims = tree_map(lambda leaf: 0 if torch.is_tensor(leaf) else None, (self.stacked(), *inputs))
-        tensors = iter(vmap(one, dims, randomness="different")(self.stacked(), *inputs))
+        dims = [tree_map(lambda leaf: 0 if torch.is_tensor(leaf) else None, given) for given in inputs]
+        tensors = iter(vmap(one, (0, *dims), randomness="different")(self.stacked(), *inputs))
         is_tensor, leaves, tree = rest
         return tree_unflatten([next(tensors) if its else leaf for its, leaf in zip(is_tensor, leaves)], tree)
 

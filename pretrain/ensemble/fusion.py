@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pretrain.correlation.lag import first_weights
 from pretrain.ensemble.config import EnsembleConfig
-from pretrain.init import constant, declare, linear, normal, values
+from pretrain.init import Linear, constant, declare, linear, normal, values
 from pretrain.layout import Layout
 from pretrain.members import Members
 from pretrain.mixer import ParamGroup
@@ -139,6 +139,6 @@ class Fusion(nn.Module):
 
 
 def _linear(fan_in: int, fan_out: int, std: float) -> nn.Linear:
-    layer = nn.Linear(fan_in, fan_out, bias=False)
+    layer = Linear(fan_in, fan_out, bias=False)
     declare(layer, {"weight": normal(std)})
     return layer

@@ -25,17 +25,26 @@ class Heads(NamedTuple):
     out_VF: Tensor | None
 
 
-def module_logits(h_KND: Tensor, found_NF: Tensor | None, heads: Heads) -> tuple[Tensor, Tensor]:
-    """Logits of modules (M, N, V), the mean of their two models' and what fusion adds, and of models (K, N, V)."""
-    logits_KNV = h_KND @ heads.weight_KVD.transpose(1, 2)
+def module_logits(h_KND: Tensor, found_NF: Tensor | None, heads: Heads) -> Tensor:
+    """(M, N, V): the mean of a module's two models' logits, and what fusion adds; one product for both models."""
+    h_MND = h_KND.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2) / 2
+    weight_MVD = heads.weight_KVD.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)
+    logits_MNV = _exact(h_MND @ weight_MVD.transpose(1, 2))
     if heads.bias_KV is not None:
-        logits_KNV = logits_KNV + heads.bias_KV[:, None]
-    if logits_KNV.dtype not in (torch.float32, torch.float64):
-        logits_KNV = logits_KNV.float()
-    logits_MNV = logits_KNV.unflatten(0, (-1, 2)).mean(1)
+        logits_MNV = logits_MNV + heads.bias_KV.unflatten(0, (-1, 2)).mean(1)[:, None]
     if found_NF is not None and heads.out_VF is not None:
         logits_MNV = logits_MNV + F.linear(found_NF, heads.out_VF).to(logits_MNV.dtype)
-    return logits_MNV, logits_KNV
+    return logits_MNV
+
+
+def model_logits(h_KND: Tensor, heads: Heads) -> Tensor:
+    """(K, N, V): of each model by itself."""
+    logits_KNV = h_KND @ heads.weight_KVD.transpose(1, 2)
+    return _exact(logits_KNV if heads.bias_KV is None else logits_KNV + heads.bias_KV[:, None])
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
 
 def module_losses(
@@ -62,8 +71,8 @@ def module_losses(
 def _losses(
     h_KND: Tensor, found_NF: Tensor | None, heads: Heads, targets_N: Tensor, each: bool
 ) -> tuple[Tensor, Tensor | None]:
-    logits_MNV, logits_KNV = module_logits(h_KND, found_NF, heads)
-    return _cross_entropy(logits_MNV, targets_N), _cross_entropy(logits_KNV, targets_N) if each else None
+    of_modules = _cross_entropy(module_logits(h_KND, found_NF, heads), targets_N)
+    return of_modules, _cross_entropy(model_logits(h_KND, heads), targets_N) if each else None
 
 
 def _cross_entropy(logits_MNV: Tensor, targets_N: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class Pairs(nn.Module):
         """The layers' states before the first token of `rows` streams."""
         like, once = self.head_weights()[0], []
         for layer in self._layers():
-            parts = [layer.blocks.template.mixer, None if layer.couplings is None else layer.couplings.template]
+            parts = [layer.blocks.template, None if layer.couplings is None else layer.couplings.template]
             states = [None if part is None else part.initial_state(rows, like) for part in parts]
             once.append(LayerState(*(self._of_all(state) for state in states)))
         return tuple(once) * self.passes
@@ -125,7 +125,7 @@ class Pairs(nn.Module):
         """Bytes of the state of one sequence after `length` tokens, in bf16, of all models."""
         once = 0
         for layer in self._layers():
-            once += layer.blocks.template.mixer.state_bytes(length)
+            once += layer.blocks.template.state_bytes(length)
             once += 0 if layer.couplings is None else layer.couplings.template.state_bytes(length)
         return self.count * self.passes * once
 

@@ -162,7 +162,7 @@ class LeviathanModelEnsemble(Model):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         """(B, T, V) log p of the mixture, and the evidence and each module's log p at the end."""
         found_NF = None if found_BTF is None else found_BTF.flatten(0, 1)
-        logits_MNV, _ = module_logits(h_KBTD.flatten(1, 2), found_NF, self._heads())
+        logits_MNV = module_logits(h_KBTD.flatten(1, 2), found_NF, self._heads())
         log_p_MBTV = logits_MNV.log_softmax(-1).unflatten(1, tokens_BT.shape)
         if self.config.fusion == "posterior":
             expected = torch.cat((last_MBV[:, :, None], log_p_MBTV[:, :, :-1]), dim=2)

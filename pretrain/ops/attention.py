@@ -44,7 +44,7 @@ def _attend_explicit(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: flo
     """Scores are kept. The mask is added by the matrix product itself: no pass of its own over them."""
     rows, heads, length = q.shape[:3]
     bias = layout.mask_bias(q.dtype).expand(rows, heads, length, length).flatten(0, 1)
-    scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale)
+    scores = torch.baddbmm(bias, (q * scale).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
     return scores.softmax(-1).unflatten(0, (rows, heads)) @ v
 
 
