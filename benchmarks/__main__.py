@@ -1,4 +1,4 @@
-"""`python -m benchmarks step|data|checkpoint|start`: prints a table, appends it to results.jsonl, exits 1 on a miss."""
+"""`python -m benchmarks NAME`: prints a table, appends it to results.jsonl, exits 1 on a miss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import sys
 
-NAMES = ("step", "data", "checkpoint", "start", "shakespeare")
+NAMES = ("step", "data", "checkpoint", "start", "shakespeare", "wrap")
 
 
 def main() -> int:

@@ -11,6 +11,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -44,20 +46,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Table:
     """Train every mixer with every seed and return the table."""
-    if not options.file.is_file():
-        sys.exit(f"there is no {options.file}; name the text with --file")
     torch.set_num_threads(1)
     scaled = f", branches x{options.branches:g} at first" if options.branches != 1.0 else ""
     table = Table(f"tinyshakespeare, bytes, {options.steps} steps{scaled}: held-out loss in nats per byte")
     losses: dict[str, list[float]] = {name: [] for name in MIXERS}
-    with tempfile.TemporaryDirectory() as folder:
-        data = DataConfig(dir=folder, sources={SOURCE: SourceConfig(path=str(options.file))}, heldout=0.1, shard_mib=1)
-        build_shards(data, Path(folder), workers=1)
-        dataset = open_dataset(data)
+    with opened(options.file) as dataset:
         for seed in range(options.seeds):
             for name in MIXERS:
                 began = time.process_time()
-                loss, parameters = train(dataset, name, seed, options.steps, options.branches)
+                loss, parameters = train(dataset, model_of(name), seed, options.steps, options.branches)
                 losses[name].append(loss)
                 spent = time.process_time() - began
                 print(f"seed {seed} {name}: {loss:.4f} nats, {parameters:,} parameters, {spent:.0f} CPU s", flush=True)
@@ -73,13 +70,29 @@ def run(options: argparse.Namespace) -> Table:
     return table
 
 
-def train(dataset: Dataset, mixer: str, seed: int, steps: int, branches: float = 1.0) -> tuple[float, int]:
+@contextmanager
+def opened(file: Path) -> Iterator[Dataset]:
+    """The shards of the text in `file`, made here and gone afterwards."""
+    if not file.is_file():
+        sys.exit(f"there is no {file}; name the text with --file")
+    with tempfile.TemporaryDirectory() as folder:
+        data = DataConfig(dir=folder, sources={SOURCE: SourceConfig(path=str(file))}, heldout=0.1, shard_mib=1)
+        build_shards(data, Path(folder), workers=1)
+        yield open_dataset(data)
+
+
+def model_of(mixer: str) -> ModelConfig:
+    """The model of this benchmark with one mixer."""
+    part = PartConfig(name=mixer, options={"heads": 4})
+    return ModelConfig(width=64, depth=3, length=LENGTH, mixers=(part,))
+
+
+def train(dataset: Dataset, config: ModelConfig, seed: int, steps: int, branches: float = 1.0) -> tuple[float, int]:
     """The held-out loss after `steps`, and the count of parameters.
 
     branches: factor on the first values of the layers that end residual branches; 4 makes each branch full size.
     """
-    part = PartConfig(name=mixer, options={"heads": 4})
-    model = build(ModelConfig(width=64, depth=3, length=LENGTH, mixers=(part,)), dataset.tokenizer.vocab)
+    model = build(config, dataset.tokenizer.vocab)
     model.to_empty(device="cpu")
     initialise(model, seed)
     with torch.no_grad():

@@ -27,6 +27,7 @@ from launcher.screen import cores, make_facts, make_table, make_terminal, told
 from pretrain.activations import activation_bytes
 from pretrain.config import RunConfig, micro_rows, total_steps
 from pretrain.cost import cost_of, training_bytes
+from pretrain.mixer import TokenMixer
 from pretrain.model import Model
 from pretrain.models.build import build
 from pretrain.optim import STATE_KEYS, lr_scale, param_groups
@@ -121,7 +122,10 @@ def _about_model(config: RunConfig, model: Model) -> Table:
     table = make_facts("model")
     table.add_row("parameters", f"{cost.parameters:,} ({cost.embedding_parameters:,} of them in embeddings)")
     table.add_row("shape", f"width {shape.width}, rows of {shape.length:,} tokens, vocabulary {model.vocab:,}")
-    table.add_row("blocks", f"{_runs(blocks)}; channel mixer {shape.channel.name}, {shape.norm}, {shape.positions}")
+    if any(isinstance(module, TokenMixer) for module in model.modules()):
+        table.add_row("blocks", f"{_runs(blocks)}; channel mixer {shape.channel.name}, {shape.norm}, {shape.positions}")
+    again = f", run {shape.wrap.passes} times" if shape.wrap.passes > 1 else ""
+    table.add_row("stack", f"{shape.stack.name}{again}")
     tokens = total_steps(config) * config.train.batch_rows * shape.length
     whole = f"{cost.flops_per_token * tokens:.2e}"
     table.add_row("training", f"{short_number(cost.flops_per_token)} FLOPs a token, {whole} in all")

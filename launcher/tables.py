@@ -74,9 +74,13 @@ def models() -> str:
     rows = []
     for path in sorted((ROOT / "configs/models").glob("*.yaml")):
         config = load(RunConfig, [path]).model
-        cost = cost_of(build(config, BYTES_VOCAB))
+        model = build(config, BYTES_VOCAB)
+        cost = cost_of(model)
         mixed = ", ".join(f"{part.name} ×{part.options.get('heads', '?')} heads" for part in config.mixers)
-        rows.append([f"`models/{path.stem}`", mixed, str(config.width), str(config.depth), str(config.length),
+        if not any(isinstance(module, mixer.TokenMixer) for module in model.modules()):
+            mixed = config.stack.name
+        depth = f"{config.depth} ×{config.wrap.passes}" if config.wrap.passes > 1 else str(config.depth)
+        rows.append([f"`models/{path.stem}`", mixed, str(config.width), depth, str(config.length),
                      f"{cost.parameters:,}", short_number(cost.flops_per_token)])  # fmt: skip
     return markdown(["preset", "mixer", ">width", ">depth", ">length", ">parameters", ">training FLOPs a token"], rows)
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from configs.load import Layers
+from configs.load import Layers, find, load
 from configs.load import build as checked
 from data_pipeline.batch import Batch
 from pretrain.activations import Saved, activation_bytes
 from pretrain.channel import Aux, ChannelMixer
-from pretrain.config import ModelConfig, OptimConfig, WrapConfig
+from pretrain.config import ModelConfig, OptimConfig, RunConfig, WrapConfig
 from pretrain.init import initialise
 from pretrain.layout import Layout
 from pretrain.models.build import build
@@ -221,3 +221,13 @@ def test_every_stack_can_be_wrapped(stack):
     torch.testing.assert_close(torch.cat(steps, dim=1), model.logits(ids, Layout.single(3, 12)), rtol=0, atol=1e-10)
     model(batch_of(packed())).total.backward()
     assert all(torch.count_nonzero(shift.beta.grad) for shift in model.blocks.shifts)
+
+
+@pytest.mark.parametrize(("name", "plain"), [("leviathan-wrap3", "leviathan-50k"), ("elita-wrap3", "elita")])
+def test_a_wrapped_preset_is_its_plain_one_and_three_shifts(name, plain):
+    wrapped, once = (load(RunConfig, [find(f"models/{which}")]).model for which in (name, plain))
+    assert wrapped.model_copy(update={"wrap": WrapConfig()}) == once
+    counts = [sum(p.numel() for p in build(config, 257).parameters()) for config in (wrapped, once)]
+    assert counts[0] - counts[1] == 3 * once.width
+    costs = [build(config, 257).blocks.flops_per_token(256) for config in (wrapped, once)]
+    assert costs[0] == 3 * costs[1]
