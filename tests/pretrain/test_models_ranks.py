@@ -27,6 +27,20 @@ MODELS: dict[str, dict[str, object]] = {
     "geodesic": {**SMALL, "stack": {"name": "geodesic"}},
     "logits": {**SMALL, "tie": False, "bias": True, "norm": "layernorm", "logits": {"hidden": 12, "rank": 3}},
     "logits of a frozen backbone": {**SMALL, "logits": {"hidden": 12, "freeze_backbone": True}},
+    "quartic": {
+        **SMALL,
+        "depth": 3,
+        "stack": {"name": "quartic", "options": {"heads": 2, "streams": 2, "edge_mixers": ["row", "col", "prefix"]}},
+    },
+    "quartic routed": {
+        **SMALL,
+        "stack": {"name": "quartic", "options": {"heads": 2, "routed": 3, "edge_mixers": ["top", "diagonal"]}},
+    },
+    "multistream": {
+        **SMALL,
+        "stack": {"name": "multistream", "options": {"heads": 2, "talking": "nonlinear", "diversity": 0.01}},
+    },
+    "relational": {**SMALL, "stack": {"name": "relational", "options": {"heads": 2, "edge_width": 8}}},
 }
 
 
