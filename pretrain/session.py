@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pretrain.engine import Engine, TorchEngine
 from pretrain.ensemble.combine import join
 from pretrain.evaluate import HeldOut, evaluate
 from pretrain.faults import fault_point
+from pretrain.grown import Grown, new_part
 from pretrain.health import Heartbeat, StopRequests
 from pretrain.init import initialise
 from pretrain.lease import Lease
@@ -126,9 +128,8 @@ class Session:
     # ---- where to go on
 
     def _restore(self) -> Place:
-        found = self.store.newest_valid()
-        if found is None:
-            found = self._branch_point()
+        own = self.store.newest_valid()
+        found = own or self._branch_point()
         fresh = Place(0, 0, [(0, self._weights())], [])
         modules = (self.folder.facts().get("from") or {}).get("modules")
         if found is None and modules is not None:
@@ -139,8 +140,7 @@ class Session:
                 self.folder.event("resume", "no checkpoint was saved yet: starting from step 0", step=0)
             return fresh
         fault_point("restore.begin", found.step)
-        self._check_shapes(found)
-        self.engine.load(open_files(found))
+        self._load(found, may_grow=own is None)
         fault_point("restore.middle", found.step)
         if self.ranks.first:
             self.folder.event("resume", f"resumed from {found.path.name}", step=found.step)
@@ -175,8 +175,18 @@ class Session:
             told = ", ".join(f"{name} ({origin['run']}, step {origin['step']})" for name, origin in modules.items())
             self.folder.event("join", f"joined {told}", step=0)
 
-    def _check_shapes(self, found: Checkpoint) -> None:
-        mine = {name: list(shape) for name, shape in self.engine.state().shapes.items()}
+    def _load(self, found: Checkpoint, may_grow: bool) -> None:
+        """Take over a checkpoint's state. may_grow: a frozen model may train a part that the checkpoint lacks."""
+        model = build(self.config.model, self.dataset.tokenizer.vocab)
+        new = new_part(model, found.facts["shapes"]) if may_grow else []
+        self._check_shapes(found, new)
+        self.engine.load(Grown(open_files(found), model, self.config.run.seed, new) if new else open_files(found))
+        if new and self.ranks.first:
+            self.folder.event("grow", f"{found.path} has no {', '.join(new)}: they begin anew", step=found.step)
+
+    def _check_shapes(self, found: Checkpoint, new: Collection[str]) -> None:
+        shapes = self.engine.state().shapes
+        mine = {name: list(shape) for name, shape in shapes.items() if name not in new}
         theirs = found.facts["shapes"]
         if mine == theirs:
             return

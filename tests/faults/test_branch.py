@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from configs.errors import DONE, ConfigError
 from configs.load import load
 from launcher.prepare import prepare
-from pretrain.checkpoint_files import newest_readable
+from pretrain.checkpoint_files import newest_readable, open_files
 from pretrain.config import RunConfig
 from pretrain.health import Heartbeat
 from pretrain.run_folder import RunFolder
@@ -154,3 +155,33 @@ def test_what_makes_it_another_run_is_refused_until_it_is_allowed_and_then_recor
     train(config, "train.steps=12", "train.batch_rows=4")
     with pytest.raises(ConfigError, match=r"train\.batch_rows: 4 → 8"):
         train(config, "train.steps=14")
+
+
+def test_a_branch_may_freeze_a_model_and_train_a_part_that_it_did_not_have(config):
+    origin, steps = (
+        train_small(config),
+        ["train.steps=16", "model.logits.hidden=8", "model.logits.freeze_backbone=true"],
+    )
+    other = train(config, "run.name=other", *steps, branch=["small"])
+    assert sorted(losses(other)) == [13, 14, 15, 16]
+    (told,) = events(other, "grow")
+    assert "head.feed.up.weight, head.feed.up.bias, head.feed.out.weight, head.feed.out.bias: they begin anew" in told
+    before, after = (open_files(newest_readable(run)) for run in (origin, other))
+    assert all(torch.equal(before.tensor(name), after.tensor(name)) for name in before.shapes)
+    assert {name.rpartition(".")[0] for name in after.shapes.keys() - before.shapes.keys()} == {
+        "head.feed.up",
+        "head.feed.out",
+    }
+    # the new part changes nothing at first: the first loss is that of the same rows without it
+    assert losses(other)[13] == pytest.approx(losses(train(config, "train.steps=16"))[13], abs=1e-6)
+    # once it has a checkpoint of its own it goes on like any other run
+    train(config, "run.name=other", *steps[1:], "train.steps=18")
+    assert events(other, "resume")[-1] == "resumed from step_000000016"
+    assert len(events(other, "grow")) == 1
+
+
+@pytest.mark.parametrize("words", [["model.depth=3"], ["model.logits.hidden=8"], ["model.wrap.passes=2"]])
+def test_a_branch_of_another_shape_whose_backbone_is_not_frozen_is_refused(config, words):
+    train_small(config)
+    with pytest.raises(ConfigError, match=r"the model does not fit .*; resume with the model it was trained with"):
+        train(config, "run.name=other", *words, branch=["small"])
