@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.errors import DONE, ConfigError
+from configs.errors import DONE, ConfigError, DataError
 from configs.load import load
 from launcher.prepare import prepare
 from pretrain.checkpoint_files import newest_readable, open_files
@@ -178,6 +178,9 @@ def test_a_branch_may_freeze_a_model_and_train_a_part_that_it_did_not_have(confi
     train(config, "run.name=other", *steps[1:], "train.steps=18")
     assert events(other, "resume")[-1] == "resumed from step_000000016"
     assert len(events(other, "grow")) == 1
+    # what was frozen has no moments to be trained with
+    with pytest.raises(DataError, match=r"the checkpoint holds no exp_avg of embed\.weight"):
+        train(config, "run.name=thawed", *steps[1:2], "train.steps=20", branch=["other"])
 
 
 @pytest.mark.parametrize("words", [["model.depth=3"], ["model.logits.hidden=8"], ["model.wrap.passes=2"]])
