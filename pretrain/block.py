@@ -27,10 +27,23 @@ class Block(nn.Module):
         self.mixer, self.channel, self.dropout = mix, chan, dropout
 
     def forward(self, x_BTD: Tensor, layout: Layout, state: State = None) -> tuple[Tensor, State, Aux | None]:
-        y_BTD, state = self.mixer(self.norm1(x_BTD), layout, state)
-        x_BTD = x_BTD + self._drop(y_BTD)
-        y_BTD, aux = self.channel(self.norm2(x_BTD), layout)
+        of_mixer, of_channel = (None, None) if state is None else state
+        y_BTD, of_mixer = self.mixer(self.norm1(x_BTD), layout, of_mixer)
+        x_BTD, aux = x_BTD + self._drop(y_BTD), None
+        if state is None:
+            y_BTD, aux = self.channel(self.norm2(x_BTD), layout)
+        else:
+            y_BTD, of_channel = self.channel.stream(self.norm2(x_BTD), layout, of_channel)
+            state = of_mixer, of_channel
         return x_BTD + self._drop(y_BTD), state, aux
+
+    def initial_state(self, rows: int, like: Tensor) -> State:
+        """The states of both mixers before the first token of `rows` streams."""
+        return self.mixer.initial_state(rows, like), self.channel.initial_state(rows, like)
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of the state of one sequence after `length` tokens, in bf16."""
+        return self.mixer.state_bytes(length) + self.channel.state_bytes()
 
     def flops_per_token(self, length: int) -> int:
         """Operations of a forward pass per token of a row of `length`."""

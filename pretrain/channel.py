@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from pretrain.layout import Layout
-from pretrain.mixer import ParamGroup, Site
+from pretrain.mixer import ParamGroup, Site, State
 from pretrain.registry import Registry
 
 
@@ -41,11 +41,26 @@ class Teller(nn.Module):
 
 
 class ChannelMixer(Teller, ABC):
-    """(B, T, D) to (B, T, D), each token by itself unless the layout says what came before it."""
+    """(B, T, D) to (B, T, D), each token by itself; one that looks at those before it has a state to decode with."""
+
+    rounding: bool = False
+    """Whether an output may change by rounding when another token does; else not by a bit."""
 
     @abstractmethod
     def forward(self, x_BTD: Tensor, layout: Layout) -> tuple[Tensor, Aux | None]:
         """The mixed channels of every token; Aux where it has measures, else None."""
+
+    def stream(self, x_BTD: Tensor, layout: Layout, state: State) -> tuple[Tensor, State]:
+        """Decode: the mixed channels of tokens that go on from where `state` ended, and the state after them."""
+        return self(x_BTD, layout)[0], state
+
+    def initial_state(self, rows: int, like: Tensor) -> State:
+        """The state before the first token of `rows` streams; None where every token is mixed by itself."""
+        return None
+
+    def state_bytes(self) -> int:
+        """Bytes of the state of one sequence, in bf16."""
+        return 0
 
     @abstractmethod
     def flops_per_token(self) -> int:

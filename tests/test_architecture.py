@@ -123,6 +123,7 @@ def test_every_file_and_public_thing_says_what_it_is(path):
         "measure_names",
         "figures",
         "settle",
+        "stream",
         "training_outputs",
         "segments",
     }

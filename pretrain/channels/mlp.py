@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from configs.schema import Config as Options
@@ -14,8 +12,7 @@ from pretrain.channel import ChannelMixer, register
 from pretrain.init import linear, residual
 from pretrain.layout import Layout
 from pretrain.mixer import Site
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "leaky_relu": F.leaky_relu}
+from pretrain.ops.activation import ACTIVATIONS
 
 
 class Config(Options):
@@ -28,7 +25,7 @@ class Mlp(ChannelMixer):
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__()
         hidden = round(config.mult * site.width)
-        self.activation = _ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
         self.up = linear(site.width, hidden, bias=site.bias)
         self.down = residual(hidden, site.width, site.depth, bias=site.bias)
 

@@ -35,7 +35,7 @@ class Blocks(nn.ModuleList, Stack):
         return StackOutput(x_BTD, None if state is None else tuple(states), tuple(auxes))
 
     def initial_state(self, rows: int, like: Tensor) -> State:
-        return tuple(block.mixer.initial_state(rows, like) for block in self)
+        return tuple(block.initial_state(rows, like) for block in self)
 
     def flops_per_token(self, length: int) -> int:
         return sum(block.flops_per_token(length) for block in self)
@@ -44,7 +44,7 @@ class Blocks(nn.ModuleList, Stack):
         return sum(block.mixer.halved_flops_per_token(length) for block in self)
 
     def state_bytes(self, length: int) -> int:
-        return sum(block.mixer.state_bytes(length) for block in self)
+        return sum(block.state_bytes(length) for block in self)
 
     def segments(self) -> Sequence[nn.Module]:
         return list(self)

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs.load import Layers
 from configs.load import build as checked
 from data_pipeline.batch import Batch
+from pretrain.channels.moe import Router
 from pretrain.config import ModelConfig
 from pretrain.layout import Layout
 from pretrain.models.build import build
@@ -22,6 +23,8 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
         {},
         {"depth": 1, "wrap": {"passes": 3}},
         {"wrap": {"passes": 2, "loss": "mean_all", "checkpoint": True}},
+        {"channel": {"name": "moe"}},
+        {"channel": {"name": "moe", "options": {"experts": 4, "shared": 1, "balance": "bias", "corr_router": 4}}},
     ],
     "geodesic": [{}, {"options": {"method": "semi_implicit", "rank": 1, "features": 9, "steps": 2, "truncate": 8}}],
     "quartic": [
@@ -69,14 +72,15 @@ def batch_of(layout: Layout) -> Batch:
 @over_stacks
 def test_a_later_token_changes_nothing_before_it_and_something_from_it_on(name, keys):
     model, ids, layout = make_stacked(name, keys), tokens(), Layout.single(ROWS, LENGTH)
+    slack = EXACT if any(getattr(module, "rounding", False) for module in model.modules()) else 0.0
     before = model.logits(ids, layout)
     for t in (1, 20, LENGTH - 1):
         changed = ids.clone()
         changed[0, t:] = (changed[0, t:] + 1) % VOCAB
         after = model.logits(changed, layout)
-        assert torch.equal(after[0, :t], before[0, :t])
-        assert (after[0, t:] - before[0, t:]).abs().amax(-1).min() > 0
-        assert torch.equal(after[1:], before[1:])
+        torch.testing.assert_close(after[0, :t], before[0, :t], rtol=0, atol=slack)
+        assert (after[0, t:] - before[0, t:]).abs().amax(-1).min() > slack
+        torch.testing.assert_close(after[1:], before[1:], rtol=0, atol=slack)
 
 
 @over_stacks
@@ -164,12 +168,25 @@ def test_it_is_built_on_the_meta_device_with_the_same_shapes(name, keys):
     assert shapes == {n: p.shape for n, p in make_stacked(name, keys).named_parameters()}
 
 
+def choose_alike(first, second):
+    """Routers of `second` give the logits that those of `first` gave just before: a token near the border of two
+    experts would choose the other one, and bf16 is asked about values, not choices.
+    Returns how many routers there are."""
+    logits, routers = [], [[m for m in stack.modules() if isinstance(m, Router)] for stack in (first, second)]
+    for one, other in zip(*routers):
+        one.register_forward_hook(lambda module, inputs, output: logits.append(output.detach()))
+        other.register_forward_hook(lambda module, inputs, output: output + (logits.pop(0) - output.detach()))
+    return len(routers[0])
+
+
 @over_stacks
 def test_bf16_stays_near_float64_in_outputs_and_gradients(name, keys):
     exact, low, layout = make_stacked(name, keys).blocks, make_stacked(name, keys).blocks.bfloat16(), packed()
     with torch.no_grad():
         for p, q in zip(exact.parameters(), low.parameters()):
             p.copy_(q)
+    # what bf16 does to a router's logits, the gates raise to a power
+    drift = 1e-1 if choose_alike(exact, low) else 5e-2
     x, results = noise(ROWS, LENGTH, WIDTH).bfloat16(), []
     for stack, value in ((exact, x.double()), (low, x)):
         value = value.clone().requires_grad_()
@@ -177,4 +194,4 @@ def test_bf16_stays_near_float64_in_outputs_and_gradients(name, keys):
         y.double().square().mean().backward()
         results.append((y.double(), value.grad.double()))
     for a, b in zip(*results):
-        assert (a - b).norm() / a.norm() < 5e-2
+        assert (a - b).norm() / a.norm() < drift

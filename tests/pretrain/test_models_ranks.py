@@ -19,6 +19,8 @@ MODELS: dict[str, dict[str, object]] = {
         "ensemble": {"modules": ["one", "two"], "fusion": "mhc", "width": 16, "freeze": "modules"},
     },
     "blocks": {**SMALL, "mixers": [{"name": "correlation"}, {"name": "attention"}]},
+    # without auxiliary losses: they are means over a micro-batch, and two ranks cut smaller ones than one
+    "moe": {**SMALL, "channel": {"name": "moe", "options": {"balance": "bias", "bias_step": 0.02, "z_loss": 0.0}}},
     "wrapped": {**SMALL, "wrap": {"passes": 3}},
     "wrapped, all passes trained and run again": {
         **SMALL,
