@@ -178,6 +178,19 @@ def train(
 
 
 @app.command(rich_help_panel=TRAIN)
+def ensemble(
+    words: Words,
+    ranks: Ranks = None,
+    without: Annotated[list[str] | None, typer.Option(metavar="MODULE", help="A module to leave out.")] = None,
+) -> None:
+    """Train each module of an ensemble alone, then all of them joined; go on wherever that was."""
+    from launcher.ensemble import train_ensemble
+
+    files, values = _split(words)
+    raise typer.Exit(train_ensemble(files, values, ranks=ranks, without=without or []))
+
+
+@app.command(rich_help_panel=TRAIN)
 def status(
     run: Annotated[str | None, typer.Argument(metavar="RUN", help="One run in detail; left out: all runs.")] = None,
     folder: Annotated[Path, typer.Option("--dir", help="Folder of all runs.")] = Path("runs"),
@@ -231,13 +244,15 @@ def evaluate(
     step: StepOf = None,
     rows: Annotated[str, typer.Option(metavar="N|all", help="Held-out rows of each source.")] = "256",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
+    without: Annotated[list[str] | None, typer.Option(metavar="MODULE", help="Of an ensemble: leave it out.")] = None,
 ) -> None:
-    """Measure loss, perplexity and bits per byte on held-out text, by source and by context."""
+    """Measure loss, perplexity and bits per byte on held-out text, by source, context, and module of an ensemble."""
     if rows != "all" and not (rows.isdigit() and int(rows)):
         raise UsageError(f"--rows {rows} is no number of rows; write for example 256, or all")
     from launcher.texts import evaluate_run
 
-    evaluate_run(run, step=step, rows=None if rows == "all" else int(rows), device=device)
+    most = None if rows == "all" else int(rows)
+    evaluate_run(run, step=step, rows=most, device=device, without=without or [])
 
 
 @app.command(rich_help_panel=USE)

@@ -76,9 +76,11 @@ class Console:
 
     def __init__(
         self, folder: RunFolder, total_steps: int, *, terminal: Terminal | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.time, beside_others: bool = False,
     ) -> None:  # fmt: skip
-        """Begins with what comes after now. terminal: where to write, stdout by default. clock: seconds of now."""
+        """Begins with what comes after now. terminal: where to write, stdout by default. clock: seconds of now.
+        beside_others: whether other runs are shown there too, so that every line must say whose it is."""
+        self._label = f"{folder.name}  " if beside_others else ""
         self._name, self._total, self._clock = folder.name, total_steps, clock
         self._terminal = terminal or Terminal(highlight=False)
         self._metrics, self._events, self._evals = map(Tail, (folder.metrics, folder.events, folder.evals))
@@ -87,7 +89,7 @@ class Console:
         self._pace: deque[tuple[float, int]] = deque()
         self._began = self._drawn = clock()
         self._live: Live | None = None
-        if self._terminal.is_terminal:
+        if self._terminal.is_terminal and not beside_others:
             self._live = Live(console=self._terminal, auto_refresh=False, transient=True)
             self._live.start()
 
@@ -135,6 +137,7 @@ class Console:
     def _tell(self, at: float, kind: str, message: str) -> None:
         line = Text().append(time.strftime("%H:%M:%S ", time.localtime(at)), style="dim")
         style = STYLES.get(kind, "")
+        line.append(self._label, style="bold")
         line.append(f"{_clean(kind):<10} ", style=style or "bold")
         line.append(message, style=style)
         self._terminal.print(line, soft_wrap=True)
@@ -166,7 +169,9 @@ class Console:
         """All figures in one plain line."""
         assert self._row is not None
         figures = "  ".join(f"{name} {value}" for name, value, _ in self._figures())
-        return f"step {self._row['step']:,}/{self._total:,} ({self._share():.0%})  {figures}  {self._left()}"
+        return (
+            f"{self._label}step {self._row['step']:,}/{self._total:,} ({self._share():.0%})  {figures}  {self._left()}"
+        )
 
     def _figures(self) -> list[tuple[str, str, str]]:
         """Name, value and style of what the newest row and evaluation tell."""

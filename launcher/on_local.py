@@ -32,6 +32,9 @@ from pretrain.health import Beat, heartbeat_file, read_heartbeat
 from pretrain.lease import Lease
 from pretrain.run_folder import RunFolder
 
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""Signals that ask a run to save and leave."""
+
 _POLL_S = 0.05
 _SETTLE_S = 0.5
 _LEFTOVER_S = 3.0
@@ -244,8 +247,10 @@ class LocalRun:
         return False
 
     def _listen(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in REQUESTS:
             signal.signal(number, self._on_signal)
+        # whoever started this process may have held them back until somebody listens
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """Pass the request on; a second Ctrl-C ends everything at once."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,8 +14,10 @@ from rich.text import Text
 from configs.errors import ConfigError, DataError, UsageError
 from data_pipeline.places import public
 from launcher.screen import Bar, harmless, make_table, make_terminal
+from pretrain.ensemble.relevance import judged
 from pretrain.evaluate import HeldOut
 from pretrain.generate import Sampling, generate
+from pretrain.models.ensemble import LeviathanModelEnsemble
 from pretrain.report import write_report
 from pretrain.run_folder import Record, RunFolder, append_line
 from pretrain.trained import Trained, evaluate_trained, load_trained
@@ -26,11 +28,17 @@ Device = Literal["auto", "cpu", "cuda"]
 # ---- what it is worth
 
 
-def evaluate_run(run: str, *, step: int | None, rows: int | None, device: Device) -> None:
-    """Print the held-out figures of a checkpoint; add them to the run's evals.jsonl. rows: of each source, or all."""
+def evaluate_run(run: str, *, step: int | None, rows: int | None, device: Device, without: Sequence[str] = ()) -> None:
+    """Print the held-out figures of a checkpoint; add them to the run's evals.jsonl.
+
+    rows: of each source, or all. without: modules of an ensemble to leave out; such figures are kept in a file of their
+    own, since they are not the run's.
+    """
     folder, terminal = RunFolder.find(run), make_terminal()
     with terminal.status("loading the checkpoint"):
         trained = load_trained(folder, step, _device(device))
+    if without:
+        _leave_out(trained, without)
     batch_rows = trained.config.eval.batch_rows
     total = _heldout_rows(trained, rows)
     done = 0
@@ -44,12 +52,47 @@ def evaluate_run(run: str, *, step: int | None, rows: int | None, device: Device
 
         record = evaluate_trained(trained, rows=rows, batch_rows=batch_rows, alive=advance)
         bar.update(total, total)
-    append_line(folder.evals, record)
+    place = folder.path / "evals_without.jsonl" if without else folder.evals
+    record |= {"without": sorted(without)} if without else {}
+    append_line(place, record)
     terminal.print()
+    if without:
+        told_of = f"without {', '.join(record['without'])}: the relevance of the other modules adds up to 1\n"
+        terminal.print(told_of, style="yellow", soft_wrap=True)
     terminal.print(_by_source(record, f"{folder.name} at step {trained.step:,} on held-out text"))
     terminal.print()
     terminal.print(_by_position(record))
-    terminal.print(f"\nadded to {folder.evals}", soft_wrap=True)
+    show_modules(folder.name, record)
+    terminal.print(f"\nadded to {place}", soft_wrap=True)
+
+
+def show_modules(name: str, record: Record) -> None:
+    """Print what each module of an ensemble is worth on each source, and how relevant it is; of other models nothing.
+
+    record: of an evaluation. name: of the run.
+    """
+    of_sources = judged(record)
+    if not of_sources:
+        return
+    modules = list(dict.fromkeys(module for of_modules in of_sources.values() for module in of_modules))
+    table = make_table("source", ">ensemble", *(f">{module}" for module in modules))
+    for source, of_modules in of_sources.items():
+        best = max(of_modules, key=lambda module: of_modules[module].relevance)
+        cells = [
+            Text(f"{of_modules[m].loss:.4f} {of_modules[m].relevance:>4.0%}", style="bold" if m == best else "")
+            for m in modules
+        ]
+        table.add_row(source, f"{record['sources'][source]['loss']:.4f}", *cells)
+    terminal = make_terminal()
+    title = f"\n{name} at step {record['step']:,}: loss by module, and how relevant it is"
+    terminal.print(title, style="bold", soft_wrap=True)
+    terminal.print(table)
+
+
+def _leave_out(trained: Trained, without: Sequence[str]) -> None:
+    if not isinstance(trained.model, LeviathanModelEnsemble):
+        raise UsageError(f"--without {without[0]}: this run trained a single model, which has no modules to leave out")
+    trained.model.without(without)
 
 
 def _heldout_rows(trained: Trained, rows: int | None) -> int:

@@ -32,21 +32,25 @@ def train_here(
         code = LocalRun(prepared.folder, prepared.launch, console.poll).run()
     finally:
         console.close()
+    tell_end(terminal, prepared.folder, code)
+    return code
+
+
+def tell_end(terminal: Terminal, folder: RunFolder, code: int) -> None:
+    """Say how a run has ended, and what comes next."""
     if code in FOR_GOOD:
         # what a rank found is told where mistakes of the command line are told
-        print(f"error: {cause_of_end(prepared.folder)}", file=sys.stderr)
-    terminal.print(ending(prepared.folder, code), soft_wrap=True)
-    return code
+        print(f"error: {cause_of_end(folder)}", file=sys.stderr)
+    terminal.print(_ending(folder, code), soft_wrap=True)
 
 
 def cause_of_end(folder: RunFolder) -> str:
     """Why a run ended that cannot go on."""
     stops = [event["message"] for event in folder.history() if event["event"] == "stop"]
-    return stops[-1].removeprefix("stopped: ") if stops else "its supervisor ended without a word"
+    return stops[-1].removeprefix("stopped: ") if stops else "it never began"
 
 
-def ending(folder: RunFolder, code: int) -> str:
-    """What is told when a run has ended: how, and what comes next."""
+def _ending(folder: RunFolder, code: int) -> str:
     name = folder.name
     if code == DONE:
         return f"done. Next: leviathan eval {name} | leviathan generate {name} --prompt … | leviathan report {name}"

@@ -12,7 +12,6 @@ from pretrain.report import duration
 from pretrain.run_folder import Record
 
 LOG_LINES = 30
-AGAIN = "the same `leviathan train` command goes on"
 
 
 def show_why(run: str, verbose: bool) -> None:
@@ -78,7 +77,7 @@ def _killed(state: State) -> str:
     said = f"; rank {notes[0]['rank']} had ended with: {_sentence(notes[0]['message'])}" if notes else ""
     return (
         f"{state.folder.name} lost its supervisor without a word {_ago(state)}, at step {state.step:,} (killed with"
-        f" SIGKILL, out of memory, or the machine went down){said}; {AGAIN} {_from(state)}"
+        f" SIGKILL, out of memory, or the machine went down){said}; {_again(state)}"
     )
 
 
@@ -92,8 +91,8 @@ def _asked(state: State, code: int) -> str:
     else:
         how = "was interrupted with Ctrl-C" if sent == "SIGINT" else "was stopped by `leviathan stop`"
     if left is not None:
-        return f"{name} {how} {_ago(state)} and left after step {left['step']:,} (exit {code}); {AGAIN} {_from(state)}"
-    return f"{name} {how} {_ago(state)} and did not finish saving in time (exit {code}); {AGAIN} {_from(state)}"
+        return f"{name} {how} {_ago(state)} and left after step {left['step']:,} (exit {code}); {_again(state)}"
+    return f"{name} {how} {_ago(state)} and did not finish saving in time (exit {code}); {_again(state)}"
 
 
 def _failed(state: State, code: int) -> str:
@@ -120,11 +119,11 @@ def _advice(state: State, code: int, cause: str) -> str:
         return ""
     if "SIGKILL" in cause:
         return (
-            f"; give each rank less to hold (train.micro_rows, engine.zero, engine.activation_checkpointing); {AGAIN}"
-            f" {_from(state)}"
+            f"; give each rank less to hold (train.micro_rows, engine.zero, engine.activation_checkpointing); "
+            f"{_again(state)}"
         )
     if "no progress for" in cause:
-        return f" (`leviathan logs {name} --rank {guilty_rank(state)}` shows this rank's); {AGAIN} {_from(state)}"
+        return f" (`leviathan logs {name} --rank {guilty_rank(state)}` shows this rank's); {_again(state)}"
     return f"; `leviathan why {name} --verbose` shows the end of its log"
 
 
@@ -134,12 +133,13 @@ def _last_attempt(state: State) -> list[Record]:
     return state.history[starts[-1] :] if starts else []
 
 
-def _from(state: State) -> str:
-    """Where the run will go on, and what is lost."""
+def _again(state: State) -> str:
+    """What goes on with the run, from where, and what is lost."""
+    goes_on = f"the same `leviathan {state.folder.facts().get('verb', 'train')}` command goes on"
     if not state.saved:
-        return "from the beginning, since nothing was saved"
+        return f"{goes_on} from the beginning, since nothing was saved"
     redo = state.step - state.saved
-    return f"from step {state.saved:,}" + (f", doing {redo:,} steps again" if redo > 0 else "")
+    return f"{goes_on} from step {state.saved:,}" + (f", doing {redo:,} steps again" if redo > 0 else "")
 
 
 def _ago(state: State) -> str:

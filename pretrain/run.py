@@ -28,7 +28,7 @@ NOTE_BYTES = 4096
 
 def main(arguments: list[str]) -> int:
     """Run one rank; return its exit code, and leave a note of why it ended."""
-    _die_with_parent()
+    die_with_parent()
     os.umask(0o077)  # a run is its owner's alone
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
@@ -79,8 +79,8 @@ def _leave_note(path: Path, note: bytes) -> None:
         os.replace(draft, path)
 
 
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when its supervisor dies: no rank outlives it."""
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that LEVIATHAN_PARENT names dies: nobody outlives his supervisor."""
     parent = os.environ.get("LEVIATHAN_PARENT")
     if parent is None or not sys.platform.startswith("linux"):
         return

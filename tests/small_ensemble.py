@@ -40,6 +40,7 @@ modules: {{steps: {ALONE_STEPS}}}
 engine: {{name: {engine}, device: cpu, threads: 1}}
 checkpoint: {{every: 3, keep_last: 20}}
 eval: {{every: 4, rows: 16}}
+log: {{peak_tflops: 1}}
 launch: {{hang_s: 10, ranks: {1 if engine == "torch" else 2}}}
 """
     )

@@ -190,6 +190,7 @@ class LeviathanModelEnsemble(Model):
         self.present = [name in kept for name in self.modules_named]
 
     def know_sources(self, sources: Sequence[str]) -> None:
+        """Told the names that `Batch.source_B` numbers: by them it knows whose text a row is."""
         self._sources = list(sources)
 
     def begin_step(self, step: int) -> None:

@@ -12,7 +12,10 @@ from typer.testing import CliRunner
 from launcher import cli
 from tests.conftest import ROOT, leviathan
 
-VERBS = ("doctor", "data", "check", "mixers", "train", "status", "logs", "stop", "why", "eval", "generate", "report")
+VERBS = (
+    "doctor", "data", "check", "mixers", "train", "ensemble", "status", "logs", "stop", "why", "eval", "generate",
+    "report",
+)  # fmt: skip
 LATER = ("submit", "compare", "plan", "drill", "export")
 
 
