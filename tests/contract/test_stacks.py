@@ -25,6 +25,7 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
         {"wrap": {"passes": 2, "loss": "mean_all", "checkpoint": True}},
         {"channel": {"name": "moe"}},
         {"channel": {"name": "moe", "options": {"experts": 4, "shared": 1, "balance": "bias", "corr_router": 4}}},
+        {"depth": 1, "channel": {"name": "moe", "options": {"corr_router": 4}}, "wrap": {"passes": 2}},
     ],
     "geodesic": [{}, {"options": {"method": "semi_implicit", "rank": 1, "features": 9, "steps": 2, "truncate": 8}}],
     "quartic": [

@@ -24,6 +24,7 @@ MODELS: dict[str, dict[str, object]] = {
     "wrapped": {**SMALL, "wrap": {"passes": 3}},
     "wrapped, all passes trained and run again": {
         **SMALL,
+        "channel": {"name": "moe", "options": {"balance": "bias", "bias_step": 0.02, "z_loss": 0.0}},
         "wrap": {"passes": 3, "loss": "mean_all", "checkpoint": True},
     },
     "geodesic": {**SMALL, "stack": {"name": "geodesic"}},
