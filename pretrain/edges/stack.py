@@ -10,6 +10,7 @@ Shapes: B rows, T tokens of a piece, S tokens so far, D width of a token, C widt
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,25 +42,40 @@ class EdgeLayer(nn.Module):
 
     def forward(self, h: Tensor, e_BTSC: Tensor, rows: Rows, state: State) -> tuple[Tensor, Tensor, State, Aux | None]:
         """Tokens in their streams, edges, the state after them, and what the channel mixer tells."""
-        states = [None] * len(self.parts()) if state is None else list(state)
+        of_nodes, of_channel, of_update = (None, None, None) if state is None else state
 
-        def mix_tokens(x_BTD: Tensor) -> tuple[Tensor, Tensor]:
-            y_BTD, told, states[0] = self.nodes(self.norm1(x_BTD), e_BTSC, rows, states[0])
-            return self._drop(y_BTD), told
+        def mix_tokens(x_BTD: Tensor) -> tuple[Tensor, tuple[Any, State]]:
+            y_BTD, told, after = self.nodes(self.norm1(x_BTD), e_BTSC, rows, of_nodes)
+            return self._drop(y_BTD), (told, after)
 
-        def mix_channels(x_BTD: Tensor) -> tuple[Tensor, Aux | None]:
-            y_BTD, aux = self.channel(self.norm2(x_BTD), rows.layout)
-            return self._drop(y_BTD), aux
+        def mix_channels(x_BTD: Tensor) -> tuple[Tensor, Any]:
+            x_BTD = self.norm2(x_BTD)
+            if state is None:
+                y_BTD, extra = self.channel(x_BTD, rows.layout)
+            else:
+                y_BTD, extra = self.channel.stream(x_BTD, rows.layout, of_channel)
+            return self._drop(y_BTD), extra
 
-        h, told = self.connect1(h, mix_tokens)
-        h, aux = self.connect2(h, mix_channels)
+        h, (told, of_nodes_after) = self.connect1(h, mix_tokens)
+        h, extra = self.connect2(h, mix_channels)
         after_BTSC = e_BTSC
         if self.update is not None:
-            after_BTSC, states[1] = self.update(e_BTSC, close_streams(h, self.streams), told, rows, states[1])
-        return h, after_BTSC, None if state is None else tuple(states), aux
+            after_BTSC, of_update = self.update(e_BTSC, close_streams(h, self.streams), told, rows, of_update)
+        if state is None:
+            return h, after_BTSC, None, extra
+        return h, after_BTSC, (of_nodes_after, extra, of_update), None
+
+    def initial_state(self, rows: int, like: Tensor) -> State:
+        """The states of tokens, channel mixer and edges before the first token of `rows` streams."""
+        of_update = None if self.update is None else self.update.initial_state(rows, like)
+        return self.nodes.initial_state(rows, like), self.channel.initial_state(rows, like), of_update
+
+    def state_bytes(self, length: int) -> int:
+        """Bytes of the state of one sequence after `length` tokens, in bf16."""
+        return self.channel.state_bytes() + sum(part.state_bytes(length) for part in self.parts())
 
     def parts(self) -> list[Part]:
-        """Those with a state."""
+        """Those whose cost per token depends on the length."""
         return [self.nodes] if self.update is None else [self.nodes, self.update]
 
     def flops_per_token(self, length: int) -> int:
@@ -92,8 +108,7 @@ class EdgeStack(Stack):
         return StackOutput(x_BTD, None if state is None else (seen, tuple(afters)), tuple(auxes))
 
     def initial_state(self, rows: int, like: Tensor) -> State:
-        layers = (tuple(part.initial_state(rows, like) for part in layer.parts()) for layer in self._layers())
-        return self.start.initial_state(rows, like), tuple(layers)
+        return self.start.initial_state(rows, like), tuple(layer.initial_state(rows, like) for layer in self._layers())
 
     def flops_per_token(self, length: int) -> int:
         return self.start.flops_per_token() + sum(layer.flops_per_token(length) for layer in self._layers())
@@ -102,8 +117,7 @@ class EdgeStack(Stack):
         return sum(part.halved_flops_per_token(length) for layer in self._layers() for part in layer.parts())
 
     def state_bytes(self, length: int) -> int:
-        parts = (part for layer in self._layers() for part in layer.parts())
-        return self.start.state_bytes(length) + sum(part.state_bytes(length) for part in parts)
+        return self.start.state_bytes(length) + sum(layer.state_bytes(length) for layer in self._layers())
 
     def segments(self) -> Sequence[nn.Module]:
         return self._layers()

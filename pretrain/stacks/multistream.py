@@ -169,12 +169,16 @@ class Layer(nn.Module):
         self.channel = channel.make(part.name, part.options, site_of(config, number), part.file)
 
     def forward(
-        self, x_FTD: Tensor, layout: Layout, of_streams: Layout, state: Cache | None
-    ) -> tuple[Tensor, Cache | None, list[Aux]]:
-        y_FTD, state, told = self.attention(self.norm1(x_FTD), layout, state)
+        self, x_FTD: Tensor, layout: Layout, of_streams: Layout, state: State
+    ) -> tuple[Tensor, State, list[Aux]]:
+        of_attention, of_channel = (None, None) if state is None else state
+        y_FTD, of_attention, told = self.attention(self.norm1(x_FTD), layout, of_attention)
         x_FTD = x_FTD + self._drop(y_FTD)
+        if state is not None:
+            y_FTD, of_channel = self.channel.stream(self.norm2(x_FTD), of_streams, of_channel)
+            return x_FTD + self._drop(y_FTD), (of_attention, of_channel), []
         y_FTD, aux = self.channel(self.norm2(x_FTD), of_streams)
-        return x_FTD + self._drop(y_FTD), state, [each for each in (told, aux) if each is not None]
+        return x_FTD + self._drop(y_FTD), None, [each for each in (told, aux) if each is not None]
 
     def _drop(self, y: Tensor) -> Tensor:
         return F.dropout(y, self.dropout) if self.dropout and self.training else y
@@ -203,7 +207,10 @@ class MultiStream(Stack):
         return StackOutput(x_BTD, None if state is None else tuple(states), tuple(auxes))
 
     def initial_state(self, rows: int, like: Tensor) -> State:
-        return tuple(layer.attention.initial_state(rows, like) for layer in self._layers())
+        return tuple(
+            (layer.attention.initial_state(rows, like), layer.channel.initial_state(rows * self.streams, like))
+            for layer in self._layers()
+        )
 
     def flops_per_token(self, length: int) -> int:
         channels = sum(layer.channel.flops_per_token() for layer in self._layers())
@@ -213,7 +220,8 @@ class MultiStream(Stack):
         return sum(layer.attention.halved_flops_per_token(length) for layer in self._layers())
 
     def state_bytes(self, length: int) -> int:
-        return sum(layer.attention.state_bytes(length) for layer in self._layers())
+        channels = self.streams * sum(layer.channel.state_bytes() for layer in self._layers())
+        return channels + sum(layer.attention.state_bytes(length) for layer in self._layers())
 
     def segments(self) -> Sequence[nn.Module]:
         return self._layers()
