@@ -8,7 +8,8 @@ import os
 import re
 import sys
 
-NAMES = ("step", "data", "checkpoint", "start", "shakespeare", "wrap")
+LOSSES = ("shakespeare", "mixers", "wrap", "pairs", "ensemble_quality")
+NAMES = ("step", "data", "checkpoint", "start", "ensemble", *LOSSES)
 
 
 def main() -> int:

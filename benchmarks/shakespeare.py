@@ -11,13 +11,16 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from benchmarks.common import Table
+from data_pipeline.batch import IGNORE, Batch
 from data_pipeline.build import build as build_shards
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.dataset import Dataset, open_dataset
@@ -70,6 +73,25 @@ def run(options: argparse.Namespace) -> Table:
     return table
 
 
+def compare(title: str, arms: Mapping[str, ModelConfig], options: argparse.Namespace) -> Table:
+    """Train every model with every seed and return the table. options: `file`, `steps` and `seeds`."""
+    torch.set_num_threads(1)
+    table = Table(f"tinyshakespeare, bytes, {options.steps} steps, {title}: held-out loss")
+    losses: dict[str, list[float]] = {name: [] for name in arms}
+    with opened(options.file) as dataset:
+        for seed in range(options.seeds):
+            for name, config in arms.items():
+                began = time.process_time()
+                loss, parameters = train(dataset, config, seed, options.steps)
+                spent = time.process_time() - began
+                losses[name].append(loss)
+                print(f"seed {seed} {name}: {loss:.4f} nats, {parameters:,} parameters, {spent:.0f} CPU s", flush=True)
+                table.add(f"{name}, seed {seed}", loss, "nats", note=f"{parameters:,} parameters, {spent:.0f} CPU s")
+    for name, values in losses.items():
+        table.add(f"{name}, mean of {options.seeds} seeds", statistics.mean(values), "nats")
+    return table
+
+
 @contextmanager
 def opened(file: Path) -> Iterator[Dataset]:
     """The shards of the text in `file`, made here and gone afterwards."""
@@ -87,26 +109,51 @@ def model_of(mixer: str) -> ModelConfig:
     return ModelConfig(width=64, depth=3, length=LENGTH, mixers=(part,))
 
 
-def train(dataset: Dataset, config: ModelConfig, seed: int, steps: int, branches: float = 1.0) -> tuple[float, int]:
+def symbols_of(dataset: Dataset) -> torch.Tensor:
+    """(V,): a number for each byte that occurs in the text, in order; 0 for the others."""
+    seen = torch.zeros(dataset.tokenizer.vocab, dtype=torch.bool)
+    for split in ("train", "heldout"):
+        for row in dataset.manifest.rows_of(SOURCE, split):
+            ids = np.zeros(int(dataset.manifest.column("tokens")[row]), dtype=np.int64)
+            dataset.shards[row].copy(0, len(ids), ids)
+            seen[torch.from_numpy(np.unique(ids))] = True
+    return (seen.cumsum(0) - 1).clamp_min(0) * seen
+
+
+def train(
+    dataset: Dataset, config: ModelConfig, seed: int, steps: int, branches: float = 1.0, optim: OptimConfig = OPTIM,
+    symbols: torch.Tensor | None = None,
+) -> tuple[float, int]:  # fmt: skip
     """The held-out loss after `steps`, and the count of parameters.
 
     branches: factor on the first values of the layers that end residual branches; 4 makes each branch full size.
+    symbols: numbers for bytes, where a model is to know those of the text only.
     """
-    model = build(config, dataset.tokenizer.vocab)
+
+    def known(batch: Batch) -> Batch:
+        if symbols is None:
+            return batch
+        targets = torch.where(batch.targets_BT == IGNORE, IGNORE, symbols[batch.targets_BT.clamp_min(0)])
+        return replace(batch, tokens_BT=symbols[batch.tokens_BT], targets_BT=targets)
+
+    model = build(config, dataset.tokenizer.vocab if symbols is None else len(symbols.unique()))
     model.to_empty(device="cpu")
     initialise(model, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("mixer.out.weight", "channel.down.weight")):
                 parameter.mul_(branches)
-    engine = TorchEngine(model, OPTIM, EngineConfig(name="torch"), sources=1, seed=seed, device=torch.device("cpu"))
-    order = Order(dataset.manifest, length=LENGTH, seed=seed, weights={SOURCE: 1.0})
+    engine = TorchEngine(model, optim, EngineConfig(name="torch"), sources=1, seed=seed, device=torch.device("cpu"))
+    order = Order(dataset.manifest, length=config.length, seed=seed, weights={SOURCE: 1.0})
     loader = Loader(order, dataset.shards, batch_rows=ROWS, micro_rows=ROWS, rank=0, world=1)
-    scale = lr_scale(OPTIM, steps)
+    scale = lr_scale(optim, steps)
     loader.seek(0)
     for step in range(steps):
-        engine.step(loader.next(), step, scale(step))
+        engine.step([known(batch) for batch in loader.next()], step, scale(step))
     loader.close()
-    heldout = HeldOut(dataset.manifest, dataset.shards, [SOURCE], LENGTH, None)
-    figures = evaluate(engine.evaluate, heldout, dataset.tokenizer.byte_lengths, Ranks(0, 1, 0, "here"), batch_rows=32)
+    heldout = HeldOut(dataset.manifest, dataset.shards, [SOURCE], config.length, None)
+    figures = evaluate(
+        lambda batch: engine.evaluate(known(batch)), heldout, dataset.tokenizer.byte_lengths, Ranks(0, 1, 0, "here"),
+        batch_rows=32,
+    )  # fmt: skip
     return figures["loss"], sum(p.numel() for p in model.parameters())
