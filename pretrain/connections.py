@@ -89,7 +89,7 @@ def make_connection(streams: int, index: int, width: int) -> Connection:
 
 
 def open_streams(x_BTD: Tensor, streams: int) -> Tensor:
-    """What connections work on: (B, T, N, D), the same in every stream; (B, T, D) for one."""
+    """What connections work on: (B, T, N, D) in fp32 or fp64, the same in every stream; (B, T, D) as it is for one."""
     return x_BTD if streams == 1 else x_BTD.to(exact(x_BTD.dtype))[:, :, None].expand(-1, -1, streams, -1)
 
 

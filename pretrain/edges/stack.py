@@ -60,7 +60,8 @@ class EdgeLayer(nn.Module):
         h, extra = self.connect2(h, mix_channels)
         after_BTSC = e_BTSC
         if self.update is not None:
-            after_BTSC, of_update = self.update(e_BTSC, close_streams(h, self.streams), told, rows, of_update)
+            x_BTD = close_streams(h, self.streams).to(e_BTSC.dtype)
+            after_BTSC, of_update = self.update(e_BTSC, x_BTD, told, rows, of_update)
         if state is None:
             return h, after_BTSC, None, extra
         return h, after_BTSC, (of_nodes_after, extra, of_update), None
@@ -104,7 +105,7 @@ class EdgeStack(Stack):
             h, e_BTSC, after, aux = self.run(layer, h, e_BTSC, rows, before)
             afters.append(after)
             auxes += [aux] if aux is not None else []
-        x_BTD = close_streams(h, self.streams)
+        x_BTD = close_streams(h, self.streams).to(x_BTD.dtype)
         return StackOutput(x_BTD, None if state is None else (seen, tuple(afters)), tuple(auxes))
 
     def initial_state(self, rows: int, like: Tensor) -> State:

@@ -37,10 +37,12 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
     "multistream": [
         {"options": {"heads": 2}},
         {"options": {"heads": 2, "streams": 3, "talking": "nonlinear", "diversity": 0.1}},
+        {"options": {"heads": 2}, "channel": {"name": "moe", "options": {"corr_router": 4}}},
         {"options": {"heads": 2, "talking": "none"}, "norm": "layernorm", "bias": True, "positions": "none"},
     ],
     "relational": [
         {},
+        {"channel": {"name": "moe", "options": {"corr_router": 4}}},
         {"options": {"heads": 2, "edge_width": 6}, "norm": "layernorm", "bias": True, "positions": "none"},
     ],
 }

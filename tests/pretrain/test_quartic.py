@@ -11,6 +11,7 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from configs.load import Layers
 from configs.load import build as checked
+from data_pipeline.batch import Batch
 from pretrain import stack
 from pretrain.config import ModelConfig
 from pretrain.edges.linear import ColumnMixer, PrefixMixer, RowMixer
@@ -19,6 +20,7 @@ from pretrain.edges.routed import DiagonalMixer, TopMixer
 from pretrain.edges.start import Rows
 from pretrain.init import initialise
 from pretrain.layout import Layout
+from pretrain.models.build import build
 from pretrain.ops.routing import coordinate_descent
 from pretrain.ops.taylor import features, taylor_naive, taylor_scan, with_one
 from tests.contract.cases import noise, packed, piece, shaken
@@ -257,6 +259,18 @@ def test_hyper_connections_begin_as_plain_residuals(streams):
     initialise(hyper, 0)
     x, layout = noise(B, T, D), layout_of()
     torch.testing.assert_close(hyper(x, layout).x_BTD, streams * plain(x, layout).x_BTD, rtol=0, atol=1e-12)
+
+
+def test_a_model_in_bf16_keeps_its_streams_exact_and_trains():
+    ids, layout = torch.arange(B * T).view(B, T) % 7, layout_of()
+    batch = Batch(ids, ids, layout.doc_BT, layout.pos_BT, torch.zeros(B, dtype=torch.long), B * T, True)
+    model = shaken(build(config_of(streams=2, edge_mixers=list(MIXERS)), 7).to_empty(device="cpu")).bfloat16()
+    seen = []
+    model.blocks.layers[1].connect1.register_forward_hook(lambda module, inputs, output: seen.append(output[0].dtype))
+    model(batch).total.backward()
+    assert seen == [torch.float32]
+    assert {p.grad.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
 def test_hyper_connections_are_their_equation():
