@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -120,40 +121,68 @@ def symbols_of(dataset: Dataset) -> torch.Tensor:
     return (seen.cumsum(0) - 1).clamp_min(0) * seen
 
 
+class Trial:
+    """A model in training. total: steps of its schedule. symbols: numbers for bytes, where it is to know those of the
+    text only."""
+
+    def __init__(
+        self, dataset: Dataset, config: ModelConfig, seed: int, total: int, *, optim: OptimConfig = OPTIM,
+        rows: int = ROWS, symbols: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self._dataset, self._config, self._symbols = dataset, config, symbols
+        model = build(config, dataset.tokenizer.vocab if symbols is None else len(symbols.unique()))
+        model.to_empty(device="cpu")
+        initialise(model, seed)
+        self.model, plain = model, EngineConfig(name="torch")
+        self._engine = TorchEngine(model, optim, plain, sources=1, seed=seed, device=torch.device("cpu"))
+        order = Order(dataset.manifest, length=config.length, seed=seed, weights={SOURCE: 1.0})
+        self._loader = Loader(order, dataset.shards, batch_rows=rows, micro_rows=rows, rank=0, world=1)
+        self._loader.seek(0)
+        self._scale, self.done = lr_scale(optim, total), 0
+
+    @property
+    def parameters(self) -> int:
+        """How many the model has."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def advance(self, steps: int) -> None:
+        """Train some steps more."""
+        for _ in range(steps):
+            batches = [self._known(batch) for batch in self._loader.next()]
+            self._engine.step(batches, self.done, self._scale(self.done))
+            self.done += 1
+
+    def loss(self, rows: int | None = None) -> float:
+        """Held-out nats a symbol; of `rows` rows spread over the held-out text, or of all of it."""
+        heldout = HeldOut(self._dataset.manifest, self._dataset.shards, [SOURCE], self._config.length, rows)
+        lengths, alone = self._dataset.tokenizer.byte_lengths, Ranks(0, 1, 0, "here")
+        told = evaluate(lambda b: self._engine.evaluate(self._known(b)), heldout, lengths, alone, batch_rows=32)
+        return float(told["loss"])
+
+    def close(self) -> None:
+        """End the thread that reads."""
+        self._loader.close()
+
+    def _known(self, batch: Batch) -> Batch:
+        if self._symbols is None:
+            return batch
+        targets = torch.where(batch.targets_BT == IGNORE, IGNORE, self._symbols[batch.targets_BT.clamp_min(0)])
+        return replace(batch, tokens_BT=self._symbols[batch.tokens_BT], targets_BT=targets)
+
+
 def train(
-    dataset: Dataset, config: ModelConfig, seed: int, steps: int, branches: float = 1.0, optim: OptimConfig = OPTIM,
-    symbols: torch.Tensor | None = None,
-) -> tuple[float, int]:  # fmt: skip
+    dataset: Dataset, config: ModelConfig, seed: int, steps: int, branches: float = 1.0, **trial: Any
+) -> tuple[float, int]:
     """The held-out loss after `steps`, and the count of parameters.
 
-    branches: factor on the first values of the layers that end residual branches; 4 makes each branch full size.
-    symbols: numbers for bytes, where a model is to know those of the text only.
+    branches: factor on the first values of the layers that end residual branches; 4 makes each branch full size. trial:
+    what else a `Trial` takes.
     """
-
-    def known(batch: Batch) -> Batch:
-        if symbols is None:
-            return batch
-        targets = torch.where(batch.targets_BT == IGNORE, IGNORE, symbols[batch.targets_BT.clamp_min(0)])
-        return replace(batch, tokens_BT=symbols[batch.tokens_BT], targets_BT=targets)
-
-    model = build(config, dataset.tokenizer.vocab if symbols is None else len(symbols.unique()))
-    model.to_empty(device="cpu")
-    initialise(model, seed)
+    trained = Trial(dataset, config, seed, steps, **trial)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in trained.model.named_parameters():
             if name.endswith(("mixer.out.weight", "channel.down.weight")):
                 parameter.mul_(branches)
-    engine = TorchEngine(model, optim, EngineConfig(name="torch"), sources=1, seed=seed, device=torch.device("cpu"))
-    order = Order(dataset.manifest, length=config.length, seed=seed, weights={SOURCE: 1.0})
-    loader = Loader(order, dataset.shards, batch_rows=ROWS, micro_rows=ROWS, rank=0, world=1)
-    scale = lr_scale(optim, steps)
-    loader.seek(0)
-    for step in range(steps):
-        engine.step([known(batch) for batch in loader.next()], step, scale(step))
-    loader.close()
-    heldout = HeldOut(dataset.manifest, dataset.shards, [SOURCE], config.length, None)
-    figures = evaluate(
-        lambda batch: engine.evaluate(known(batch)), heldout, dataset.tokenizer.byte_lengths, Ranks(0, 1, 0, "here"),
-        batch_rows=32,
-    )  # fmt: skip
-    return figures["loss"], sum(p.numel() for p in model.parameters())
+    trained.advance(steps)
+    trained.close()
+    return trained.loss(), trained.parameters
