@@ -171,7 +171,9 @@ class Session:
         """Begin an ensemble with the modules that were trained alone."""
         model = build(self.config.model, self.dataset.tokenizer.vocab)
         self.engine.load(join(modules, model, self.dataset.manifest.tokenizer.sha256, self.config.run.seed))
+        fault_point("restore.begin", 0)
         if self.ranks.first:
+        fault_point("restore.middle", 0)
             told = ", ".join(f"{name} ({origin['run']}, step {origin['step']})" for name, origin in modules.items())
             self.folder.event("join", f"joined {told}", step=0)
 
