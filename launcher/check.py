@@ -30,7 +30,9 @@ from pretrain.cost import cost_of, training_bytes
 from pretrain.mixer import TokenMixer
 from pretrain.model import Model
 from pretrain.models.build import build
+from pretrain.ops.expert_parallel import expert_parameters, shard_experts
 from pretrain.optim import STATE_KEYS, lr_scale, param_groups
+from pretrain.parallel import Ranks
 from pretrain.plots import short_number
 from pretrain.run_folder import RunFolder
 
@@ -73,6 +75,9 @@ def check_run(files: Sequence[str], words: Sequence[str], ranks: int | None) -> 
     dataset = found.attempt(lambda: open_dataset(config.data))
     vocab = found.attempt(lambda: _vocab(config, dataset))
     model = found.attempt(lambda: _model(config, vocab)) if vocab is not None else None
+    shared = config.engine.expert_parallel
+    if vocab is not None and shared > 1:
+        found.attempt(lambda: shard_experts(_model(config, vocab), shared, Ranks(0, world, 0, "here")))
     _check_folder(found, config, folder, dataset)
     tables: list[Table] = []
     if model is not None:
@@ -145,7 +150,7 @@ def _runs(names: list[str]) -> str:
 def _about_memory(found: Findings, config: RunConfig, model: Model, world: int) -> Table:
     """What one rank holds, beside what this machine has."""
     engine, rows = config.engine, micro_rows(config, world)
-    state = training_bytes(cost_of(model).parameters, engine, world)
+    state = training_bytes(cost_of(model).parameters, engine, world, expert_parameters(model))
     try:
         kept: int | None = activation_bytes(
             config.model, model.vocab, rows, bf16=engine.precision == "bf16", recompute=engine.activation_checkpointing

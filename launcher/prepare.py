@@ -18,7 +18,16 @@ from data_pipeline.files import write_whole
 from launcher.branch import origin_of
 from launcher.config import LaunchConfig
 from launcher.runs import check_not_in_use
-from pretrain.config import PartConfig, RunConfig, may_change, micro_rows, must_match, short_hash, total_steps
+from pretrain.config import (
+    PartConfig,
+    RunConfig,
+    check_expert_ranks,
+    may_change,
+    micro_rows,
+    must_match,
+    short_hash,
+    total_steps,
+)
 from pretrain.registry import Registry
 from pretrain.run_folder import RunFolder
 
@@ -125,8 +134,9 @@ def has_begun(folder: RunFolder) -> bool:
 
 
 def check_rows(config: RunConfig, ranks: int) -> None:
-    """Raise ConfigError where the global batch cannot be dealt to the ranks."""
+    """Raise ConfigError where the global batch or the experts cannot be dealt to the ranks."""
     batch, micro = config.train.batch_rows, micro_rows(config, ranks)
+    check_expert_ranks(config.engine.expert_parallel, ranks)
     if batch % ranks:
         near = max(1, round(batch / ranks)) * ranks
         raise ConfigError(f"train.batch_rows is {batch}, not a multiple of {ranks} ranks; the nearest is {near}")

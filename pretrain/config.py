@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
+from configs.errors import ConfigError
 from configs.schema import Config, key, section, values
 from data_pipeline.config import DataConfig
 from pretrain.ensemble.config import EnsembleConfig, ModulesConfig
@@ -119,6 +120,9 @@ class EngineConfig(Config):
 
     name: Literal["deepspeed", "torch"] = key("deepspeed", "record", "`torch` is the reference: one rank, no sharding")
     zero: Literal[0, 1, 2, 3] = key(1, "record", "ZeRO stage: what is sharded over ranks")
+    expert_parallel: int = key(
+        1, "record", "ranks that share the experts of a mixture, each holding a part; 1: none do (ZeRO 0-2)", gt=0
+    )
     precision: Literal["fp32", "bf16"] = key("fp32", "match", "arithmetic; masters and moments are always fp32")
     device: Literal["auto", "cpu", "cuda"] = key("auto", "record", "`auto`: cuda where there is one")
     offload_optimizer: bool = key(False, "record", "keep the optimizer's state in host memory (ZeRO 1-3)")
@@ -186,6 +190,17 @@ class RunConfig(Config):
     def _fits_together(self) -> RunConfig:
         if self.engine.name == "torch" and self.engine.offload_optimizer:
             raise ValueError("engine.offload_optimizer needs engine.name deepspeed; set one or the other")
+        shared = self.engine.expert_parallel
+        if shared > 1 and self.engine.name == "torch":
+            raise ValueError(f"engine.expert_parallel {shared} needs engine.name deepspeed; set one or the other")
+        if shared > 1 and self.engine.zero == 3:
+            raise ValueError(
+                f"engine.expert_parallel {shared} needs engine.zero 0, 1 or 2; set engine.expert_parallel=1: with"
+                " engine.zero 3 experts are sharded like everything else"
+            )
+        if shared > 1 and self.engine.zero == 0 and self.engine.precision == "bf16":
+            # there DeepSpeed 0.19 scales experts' gradients otherwise than all others
+            raise ValueError(f"engine.expert_parallel {shared} in bf16 needs engine.zero 1 or 2; set engine.zero=1")
         if self.engine.offload_optimizer and self.engine.zero == 0:
             raise ValueError("engine.offload_optimizer needs engine.zero 1, 2 or 3")
         return self
@@ -202,6 +217,15 @@ def micro_rows(config: RunConfig, world: int) -> int:
     """Rows that one of `world` ranks runs forward at once."""
     share = max(1, config.train.batch_rows // world)
     return min(config.train.micro_rows or share, share)
+
+
+def check_expert_ranks(size: int, world: int) -> None:
+    """Raise ConfigError where not every one of `world` ranks finds `size` - 1 others to share experts with."""
+    if world % size:
+        raise ConfigError(
+            f"engine.expert_parallel is {size}, which does not divide {world} ranks; start a multiple of {size}, or set"
+            " it to 1"
+        )
 
 
 def must_match(config: RunConfig) -> dict[str, Any]:

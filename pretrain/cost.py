@@ -50,16 +50,22 @@ def cost_of(model: Model) -> Cost:
     )
 
 
-def training_bytes(parameters: int, config: EngineConfig, world: int) -> int:
-    """Bytes of parameters, gradients, masters and moments on one rank; activations come on top."""
+def training_bytes(parameters: int, config: EngineConfig, world: int, of_experts: int = 0) -> int:
+    """Bytes of parameters, gradients, masters and moments on one rank; activations come on top.
+
+    of_experts: of the parameters, those that `engine.expert_parallel` ranks share.
+    """
     low = 2 if config.precision == "bf16" else 4
     shared = 1 if config.name == "torch" else world
-    weights = low * parameters / (shared if config.zero == 3 else 1)
-    grads = low * parameters / (shared if config.zero >= 2 else 1)
-    moments = 12 * parameters / (shared if config.zero >= 1 else 1)
+    whole = parameters - of_experts + of_experts / config.expert_parallel
+    # where ranks share experts, fewer of them hold the same ones: a piece of them is as small as of all else
+    piece = parameters / shared
+    weights = low * (piece if config.zero == 3 else whole)
+    grads = low * (piece if config.zero >= 2 else whole)
+    moments = 12 * (piece if config.zero >= 1 else whole)
     if config.precision == "fp32" and (config.zero == 0 or config.name == "torch"):
         # the weights are their own masters
-        moments -= 4 * parameters
+        moments -= 4 * whole
     return int(weights + grads + (0 if config.offload_optimizer else moments))
 
 

@@ -1,4 +1,4 @@
-"""The engine protocol over DeepSpeed, ZeRO 0 to 3. The only file that imports deepspeed.
+"""The engine protocol over DeepSpeed, ZeRO 0 to 3. Experts that ranks share are in pretrain/ops/expert_parallel.py.
 
 Facts about DeepSpeed 0.19 that this file rests on, each held by a test:
 - on a CPU it would compile a shared-memory extension at `init_distributed` and hang on the lock of a killed compiler;
@@ -38,6 +38,7 @@ from pretrain.engine import (
 )
 from pretrain.faults import fault_point
 from pretrain.model import LossParts, Model
+from pretrain.ops.expert_parallel import join_groups, shares_of, total_norm
 from pretrain.parallel import Ranks, seed_step
 
 Place = tuple[str, int, Tensor, dict[str, Tensor]]
@@ -82,14 +83,18 @@ class DeepSpeedEngine:
         self.model, self.device = model, device
         self._sources, self._seed, self._ranks = sources, seed, Ranks.from_environment()
         self._own_clip = optim_config.clip if config.zero == 0 and config.precision == "fp32" else None
-        self._shapes = shapes_of(model)
+        # of parameters of which this rank holds a part, and so do `copies` - 1 others
+        self._shares, self._copies = shares_of(model), self._ranks.world // config.expert_parallel
+        self._shapes = shapes_of(model) | {name: share.shape for name, share in self._shares.items()}
         groups = optim.param_groups(model, optim_config)
         self._kinds = {name: group["kind"] for group in groups for name in group["names"]}
         settings = _settings(optim_config, config, model, self._ranks.world, batch_rows, micro_rows)
+        start_distributed(device, config.timeout_s)
+        if self._shares:
+            groups = join_groups(model, groups, config.expert_parallel)
         self._base = optim.make_optimizer(groups, optim_config)
         # stage 0 with bf16 makes one update without gradients at once: it must not decay weights, nor count
         optim.set_lr(self._base, 0.0)
-        start_distributed(device, config.timeout_s)
         if config.compile:
             model.compile()
         self._engine, *_ = import_deepspeed(device).initialize(model=model, optimizer=self._base, config=settings)
@@ -125,7 +130,9 @@ class DeepSpeedEngine:
     def _own_norm(self) -> float | None:
         """Clip, or drop every gradient where the norm is not finite: an optimizer without gradients does nothing."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        shared = self._shares
+        norm = total_norm(grads, shared, self._copies) if shared else nn.utils.get_total_norm(list(grads.values()))
         value = norm.item()
         if value - value != 0.0:
             for p in parameters:
@@ -148,8 +155,9 @@ class DeepSpeedEngine:
     def state(self) -> EngineState:
         fragments = []
         for name, offset, master, moments in self._places():
+            at = self._first(name) + offset
             for kind, tensor in {PARAM: master, **moments}.items():
-                fragments.append(Fragment(name, kind, offset, tensor.detach().view(-1)))
+                fragments.append(Fragment(name, kind, at, tensor.detach().view(-1)))
         if self._ranks.first:
             fragments += [Fragment(name, PARAM, 0, buffer.view(-1)) for name, buffer in self._buffers()]
         return EngineState(fragments, self._shapes, self._updates)
@@ -157,10 +165,11 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def load(self, reader: FragmentReader) -> None:
         for name, offset, master, moments in self._places(everything=True):
-            stop = offset + master.numel()
-            master.view(-1).copy_(reader.read(name, PARAM, offset, stop))
+            start = self._first(name) + offset
+            stop = start + master.numel()
+            master.view(-1).copy_(reader.read(name, PARAM, start, stop))
             for kind, tensor in moments.items():
-                tensor.view(-1).copy_(reader.read(name, kind, offset, stop))
+                tensor.view(-1).copy_(reader.read(name, kind, start, stop))
         for name, buffer in self._buffers():
             buffer.view(-1).copy_(reader.read(name, PARAM, 0, buffer.numel()))
         self._refresh(reader)
@@ -189,7 +198,7 @@ class DeepSpeedEngine:
             elif hasattr(p, "_hp_mapping"):
                 place = self._place_flat(name, p)
             else:
-                mine = everything or number % self._ranks.world == self._ranks.rank
+                mine = everything or self._writes(name, number)
                 master = whole.get(name, p)
                 place = (name, 0, master.data, self._moments(name, master)) if mine else None
             if place is not None:
@@ -198,6 +207,15 @@ class DeepSpeedEngine:
     def _buffers(self) -> list[tuple[str, Tensor]]:
         """The persistent ones: every rank has all of them, equal."""
         return [(name, buffer) for name, buffer in self.model.named_buffers() if name in self._shapes]
+
+    def _writes(self, name: str, number: int) -> bool:
+        """Whether of all ranks that have a parameter this one saves it. number: of the parameter."""
+        copies = self._copies if name in self._shares else self._ranks.world
+        return number % copies == self._ranks.rank // (self._ranks.world // copies)
+
+    def _first(self, name: str) -> int:
+        """The element of the whole parameter at which this rank's begins."""
+        return self._shares[name].first if name in self._shares else 0
 
     def _whole_masters(self) -> dict[str, Tensor]:
         """Stage 0: the fp32 tensors that the optimizer updates, by name."""
@@ -237,7 +255,8 @@ class DeepSpeedEngine:
         zero = self._engine.optimizer
         for name, p in self.model.named_parameters():
             if not hasattr(p, "ds_id"):
-                p.data.copy_(reader.read(name, PARAM, 0, p.numel()).view(p.shape))
+                start = self._first(name)
+                p.data.copy_(reader.read(name, PARAM, start, start + p.numel()).view(p.shape))
         if self._zero == 3:
             for group in range(len(zero.fp32_partitioned_groups_flat)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)

@@ -35,8 +35,8 @@ class Members(nn.Module):
             template = make()
         if any(True for _ in template.buffers()):
             raise ConfigError(
-                "a part of an ensemble's models keeps counts beside its parameters, which models run as one have no room"
-                " for; choose options without (of moe: balance: loss)"
+                "a part of an ensemble's models keeps counts beside its parameters, and models run as one have no room"
+                " for them; choose options without (of moe: balance: loss)"
             )
         self.names = list(names)
         # in a tuple it is no submodule: its parameters are shapes and names only
@@ -74,6 +74,7 @@ class Members(nn.Module):
         return {name.replace("/", "."): p for name, p in self.named_parameters(recurse=False)}
 
     def train(self, mode: bool = True) -> Members:
+        """As of any module; the template is told too."""
         self.template.train(mode)
         return super().train(mode)
 

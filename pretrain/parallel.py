@@ -8,11 +8,16 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+Group: TypeAlias = dist.ProcessGroup
+"""Some of the ranks."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,16 @@ def _reduce(values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
     shared = values.cuda() if _on_cuda() and not values.is_cuda else values
     dist.all_reduce(shared, op=operation)
     return shared
+
+
+def exchange_rows(rows: Tensor, give: Sequence[int], take: Sequence[int], group: Group) -> Tensor:
+    """Among the ranks of `group`: give the first give[0] rows to the first, and so on; take[r] rows come from rank r.
+
+    rows: (A, ...), any number of them, none too. Returns them in the order of the ranks they are from.
+    """
+    taken = rows.new_empty(sum(take), *rows.shape[1:])
+    dist.all_to_all_single(taken, rows.contiguous(), list(take), list(give), group=group)
+    return taken
 
 
 def same_on_all_ranks(numbers: list[int]) -> list[int]:

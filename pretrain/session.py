@@ -34,6 +34,7 @@ from pretrain.member_names import MemberEngine
 from pretrain.members import members_of
 from pretrain.model import Model
 from pretrain.models.build import build
+from pretrain.ops.expert_parallel import shard_experts
 from pretrain.optim import lr_scale
 from pretrain.parallel import Ranks, finish
 from pretrain.run_folder import Record, RunFolder
@@ -170,10 +171,10 @@ class Session:
     def _join(self, modules: Record) -> None:
         """Begin an ensemble with the modules that were trained alone."""
         model = build(self.config.model, self.dataset.tokenizer.vocab)
-        self.engine.load(join(modules, model, self.dataset.manifest.tokenizer.sha256, self.config.run.seed))
         fault_point("restore.begin", 0)
-        if self.ranks.first:
+        self.engine.load(join(modules, model, self.dataset.manifest.tokenizer.sha256, self.config.run.seed))
         fault_point("restore.middle", 0)
+        if self.ranks.first:
             told = ", ".join(f"{name} ({origin['run']}, step {origin['step']})" for name, origin in modules.items())
             self.folder.event("join", f"joined {told}", step=0)
 
@@ -353,6 +354,8 @@ def make_engine(
     model: Model, config: RunConfig, ranks: Ranks, device: torch.device, micro: int, sources: int
 ) -> Engine:
     """The engine over a model that is still on the meta device: memory, first values, optimizer, process group."""
+    if config.engine.expert_parallel > 1:
+        shard_experts(model, config.engine.expert_parallel, ranks)
     model.to_empty(device=device)
     initialise(model, config.run.seed)
     if config.engine.activation_checkpointing:

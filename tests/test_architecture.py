@@ -26,7 +26,7 @@ INSIDE_PRETRAIN = {
     "models": ("pretrain.mixers.", "pretrain.channels.", "pretrain.stacks.", "pretrain.engine", "pretrain.trainer"),
 }
 DOORS = {
-    "deepspeed": {"pretrain/engine_deepspeed.py"},
+    "deepspeed": {"pretrain/engine_deepspeed.py", "pretrain/ops/expert_parallel.py"},
     "wandb": {"pretrain/metrics.py"},
     "torch.distributed": {"pretrain/parallel.py"},
     "ray": {"launcher/on_ray.py", "data_pipeline/on_ray.py"},

@@ -29,6 +29,7 @@ from pretrain.init import constant, declare, initialise
 from pretrain.model import LossParts
 from pretrain.models.build import build
 from pretrain.models.language_model import LanguageModel
+from pretrain.ops.expert_parallel import shard_experts
 from pretrain.parallel import Ranks, finish
 from pretrain.run import leave
 from pretrain.run_folder import RunFolder
@@ -71,8 +72,10 @@ def engine_of(
         width=20, depth=2, length=LENGTH, bias=True, norm="layernorm",
         mixers=tuple(PartConfig(name=name, options={"heads": 2}) for name in ("attention", "correlation")),
     )  # fmt: skip
-    built = (Counting(model, VOCAB) if counting else build(model, VOCAB)).to_empty(device="cpu")
-    initialise(built, 0)
+    built = Counting(model, VOCAB) if counting else build(model, VOCAB)
+    if "expert_parallel" in more:
+        shard_experts(built, more["expert_parallel"], RANKS)
+    initialise(built.to_empty(device="cpu"), 0)
     optim = optim or OptimConfig(lr=5e-3, clip=0.5)
     shared = {"sources": 2, "seed": 0, "device": CPU}
     if stage == "torch":

@@ -82,7 +82,9 @@ def test_the_state_of_decoding_is_that_of_its_tensors():
     model = small()
     with torch.no_grad():
         _, state = model.decode(torch.zeros(1, LENGTH, dtype=torch.long), model.initial_state(1))
-    held = sum(t.numel() for t in torch.utils._pytree.tree_leaves(state) if t.is_floating_point())
+    held = sum(
+        t.numel() for t in torch.utils._pytree.tree_leaves(state) if torch.is_tensor(t) and t.is_floating_point()
+    )
     assert cost_of(model).state_bytes == pytest.approx(2 * held, rel=0.02)
 
 
@@ -117,6 +119,13 @@ def test_each_stage_of_zero_shards_one_thing_more(zero, whole, sharded, precisio
     shared = sharded[precision] if isinstance(sharded, dict) else sharded
     config = EngineConfig(zero=zero, precision=precision)
     assert training_bytes(8000, config, world) == 8000 * whole[precision] + 8000 * shared // world
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_ranks_that_share_experts_hold_a_part_of_their_weights_and_gradients(zero):
+    alone, shared = (EngineConfig(zero=zero, expert_parallel=size) for size in (1, 4))
+    saved = {1: 8, 2: 4, 3: 0}[zero]  # bytes of a parameter that every rank would hold
+    assert training_bytes(8000, alone, 4, 6000) - training_bytes(8000, shared, 4, 6000) == saved * 4500
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
