@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,15 @@ import numpy as np
 
 SERIES_LIGHT = ("#2563eb", "#d9480f", "#0f8a5f", "#9333ea", "#b7791f", "#0e7c9b", "#c2255c", "#5c7c0a")
 SERIES_DARK = ("#7aa7ff", "#ff9a66", "#4fd1a0", "#c796ff", "#f0c15a", "#5ccbe8", "#ff86ad", "#b4d455")
-LIGHT = {"ink": "#1f2430", "quiet": "#6b7385", "grid": "#e3e6ec", "bad": "#d92d3a", "good": "#1a9e57"}
-DARK = {"ink": "#e8eaf0", "quiet": "#98a1b3", "grid": "#31363f", "bad": "#ff7b84", "good": "#54d68c"}
+LIGHT = {
+    "page": "#fffffe",
+    "ink": "#1f2430",
+    "quiet": "#6b7385",
+    "grid": "#e3e6ec",
+    "bad": "#d92d3a",
+    "good": "#1a9e57",
+}
+DARK = {"page": "#14161a", "ink": "#e8eaf0", "quiet": "#98a1b3", "grid": "#31363f", "bad": "#ff7b84", "good": "#54d68c"}
 
 POINTS = 1200
 LABELLED_INCIDENTS = 6
@@ -179,6 +186,35 @@ def by_position(lines: list[Line]) -> str:
     return _svg(figure)
 
 
+@_Styled()
+def relevance(of_sources: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
+    """A square for every source and module: the darker, the more relevant. of_sources: relevance and loss by module."""
+    return _svg(_relevance(of_sources))
+
+
+@_Styled()
+def relevance_png(of_sources: Mapping[str, Mapping[str, tuple[float, float]]]) -> bytes:
+    """The same as a PNG image on white, for where SVG is not shown."""
+    image = io.BytesIO()
+    _relevance(of_sources).savefig(image, format="png", dpi=160, metadata={"Software": None})
+    return image.getvalue()
+
+
+@_Styled()
+def relevance_over_training(lines: list[Line]) -> str:
+    """Relevance of each source's most relevant module, evaluation by evaluation."""
+    figure, (axes,) = _figure(1, (5.2, 3.6))
+    for index, line in enumerate(lines):
+        color = SERIES_LIGHT[index % len(SERIES_LIGHT)]
+        axes.plot(line.x, _numbers(line.y), "o-", color=color, linewidth=1.6, markersize=3.5, label=line.label)
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_ylabel("relevance")
+    axes.set_xlabel("step")
+    _legend(axes, lines, always=True)
+    return _svg(figure)
+
+
 def dark(svg: str) -> str:
     """The same figure for a dark page."""
     pairs = (*zip(LIGHT.values(), DARK.values()), *zip(SERIES_LIGHT, SERIES_DARK))
@@ -206,6 +242,28 @@ def _figure(rows: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
     for panel in panels[:-1]:
         panel.tick_params(labelbottom=False)
     return figure, panels
+
+
+def _relevance(of_sources: Mapping[str, Mapping[str, tuple[float, float]]]) -> Any:
+    sources, modules = list(of_sources), list(dict.fromkeys(m for of in of_sources.values() for m in of))
+    figure, (axes,) = _figure(1, (max(3.2, 1.4 + 0.95 * len(modules)), 0.9 + 0.75 * len(sources)))
+    for row, source in enumerate(sources):
+        for column, module in enumerate(modules):
+            share, loss = of_sources[source].get(module, (0.0, math.nan))
+            axes.bar(column, 0.94, 0.94, row - 0.47, color=SERIES_LIGHT[0], alpha=0.06 + 0.84 * share, linewidth=0)
+            color = LIGHT["page"] if share > 0.6 else LIGHT["ink"]
+            axes.text(column, row - 0.04, f"{share:.0%}", ha="center", va="bottom", color=color, fontsize=11)
+            axes.text(column, row + 0.06, f"{loss:.3f}", ha="center", va="top", color=color, fontsize=8)
+    axes.set_xticks(range(len(modules)), modules)
+    axes.set_yticks(range(len(sources)), sources)
+    axes.set_xlabel("module: relevance, and loss (nats per token)")
+    axes.set_ylabel("source")
+    axes.set_ylim(len(sources) - 0.5, -0.5)
+    axes.set_xlim(-0.5, len(modules) - 0.5)
+    axes.grid(visible=False)
+    for side in axes.spines.values():
+        side.set_visible(False)
+    return figure
 
 
 def _svg(figure: Any) -> str:

@@ -6,72 +6,26 @@ of light or dark. All text that comes from a run is escaped.
 
 from __future__ import annotations
 
-import base64
-import html
 import math
-import re
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.files import write_whole
 from pretrain import plots
+from pretrain.ensemble.relevance import judged
 from pretrain.metrics import redact
+from pretrain.page import escaped, number, page, picture, section, table
 from pretrain.plots import Incident, Line, short_number
 from pretrain.run_folder import Record, RunFolder, read_lines
 
 FINAL_STEPS = 20
 HISTORY_ROWS = 80
 SAMPLE_CHARACTERS = 4000
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 ALARMS = {"fault", "save_failed", "invalid_checkpoint", "fallback", "skip", "warning"}
 RECOVERIES = {"resume", "restart", "done"}
-
-STYLE = """
-:root { --page:#fff; --card:#f6f7f9; --ink:#1f2430; --quiet:#6b7385; --rule:#e3e6ec; --bad:#c92a37; --good:#148a4a;
-  --accent:#2563eb; color-scheme: light dark }
-@media (prefers-color-scheme: dark) { :root { --page:#14161a; --card:#1d2026; --ink:#e8eaf0; --quiet:#98a1b3;
-  --rule:#31363f; --bad:#ff7b84; --good:#54d68c; --accent:#7aa7ff } }
-@media print { :root { --page:#fff; --card:#f6f7f9; --ink:#1f2430; --quiet:#555c6b; --rule:#d5d9e0; --bad:#c92a37;
-  --good:#148a4a } figure,.facts,.sample,tr { break-inside:avoid } h2 { break-after:avoid }
-  .scroll { overflow:visible } .pair { grid-template-columns:1fr 1fr !important } }
-* { box-sizing: border-box }
-body { margin:0; background:var(--page); color:var(--ink); font:16px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,
-  sans-serif; -webkit-text-size-adjust:100% }
-main { max-width:1100px; margin:0 auto; padding:32px 20px 64px }
-h1 { font-size:1.8rem; line-height:1.2; margin:0 0 4px; overflow-wrap:anywhere }
-h2 { font-size:1.15rem; margin:44px 0 10px; padding-top:14px; border-top:1px solid var(--rule) }
-h3 { font-size:.95rem; margin:0 0 4px; font-weight:600 }
-.sub, figcaption, .note { color:var(--quiet); font-size:.875rem; margin:0 0 8px }
-.facts { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(190px,44%),1fr)); gap:10px; margin:22px 0 }
-.fact { background:var(--card); border-radius:10px; padding:12px 14px }
-.fact b { display:block; font-size:1.3rem; font-weight:650; line-height:1.25; font-variant-numeric:tabular-nums }
-.fact span { color:var(--quiet); font-size:.8rem }
-figure { margin:0 0 18px } figure img { width:100%; height:auto; display:block }
-figure .dark, figure .phone { display:none }
-@media (max-width: 620px) { figure .light.phone { display:block } figure .light.desk { display:none } }
-@media screen and (prefers-color-scheme: dark) { figure .light { display:none } figure .dark { display:block }
-  figure .dark.phone { display:none } }
-@media screen and (prefers-color-scheme: dark) and (max-width: 620px) { figure .dark.phone { display:block }
-  figure .dark.desk, figure .light.phone { display:none } }
-.pair { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(430px,100%),1fr)); gap:22px 34px }
-.scroll { overflow-x:auto }
-table { border-collapse:collapse; width:100%; font-size:.875rem; font-variant-numeric:tabular-nums }
-th { text-align:left; color:var(--quiet); font-weight:500; white-space:nowrap }
-td,th { padding:6px 12px 6px 0; border-bottom:1px solid var(--rule); vertical-align:top }
-td.n,th.n { text-align:right; white-space:nowrap } td.t { color:var(--quiet); white-space:nowrap }
-td.m { overflow-wrap:anywhere } .best { font-weight:700; color:var(--good) }
-.kind { white-space:nowrap; font-weight:600 } .bad { color:var(--bad) } .good { color:var(--good) }
-.sample { background:var(--card); border-radius:10px; padding:14px 16px; margin:0 0 14px }
-.sample p { margin:0; white-space:pre-wrap; overflow-wrap:anywhere; font-family:ui-serif,Georgia,serif }
-.sample .prompt { font-weight:700 }
-pre { background:var(--card); border-radius:10px; padding:14px 16px; overflow-x:auto; font-size:.8rem }
-summary { cursor:pointer; color:var(--accent) } footer { margin-top:48px; color:var(--quiet); font-size:.8rem }
-@media (max-width: 620px) { .attempt { display:none } td,th { padding-right:9px } .kind { white-space:normal } }
-"""
 
 
 @dataclass(frozen=True)
@@ -100,19 +54,11 @@ def write_report(folders: list[RunFolder], out: Path, samples: Sequence[Record] 
     runs = [read_run(folder) for folder in folders]
     several = len(runs) > 1
     parts = [_heading(runs), _comparison(runs) if several else _facts(runs[0])]
-    parts += [_loss(runs), _dynamics(runs), _sources(runs), _heldout(runs)]
+    parts += [_loss(runs), _dynamics(runs), _sources(runs), _heldout(runs), _modules(runs)]
     parts += [*(_history(run, several) for run in runs), _samples(runs, samples)]
     parts += [_configuration(run, several) for run in runs]
-    title = _text(" · ".join(run.name for run in runs))
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; '
-        f"style-src 'unsafe-inline'\"><title>{title}</title><style>{STYLE}</style></head>\n<body><main>"
-        + "\n".join(part for part in parts if part)
-        + f"<footer>Written by Leviathan, {time.strftime('%Y-%m-%d %H:%M')}.</footer></main></body></html>\n"
-    )
-    write_whole(out, page.encode())
+    title = escaped(" · ".join(run.name for run in runs))
+    write_whole(out, page(title, parts).encode())
 
 
 def read_run(folder: RunFolder) -> Run:
@@ -190,11 +136,11 @@ def _heading(runs: list[Run]) -> str:
     told = [time.strftime("%Y-%m-%d %H:%M", time.localtime(history[0]["time"]))] if history else ["has not begun"]
     for key, words in (("world", "{} ranks"), ("host", "on {}")) if len(runs) == 1 else ():
         told += [words.format(event[key]) for event in history if event["event"] == "start" and key in event][:1]
-    return f"<h1>{_text(name)}</h1><p class=sub>{_text(', '.join(told))}</p>"
+    return f"<h1>{escaped(name)}</h1><p class=sub>{escaped(', '.join(told))}</p>"
 
 
 def _facts(run: Run) -> str:
-    cards = "".join(f"<div class=fact><b>{_text(v)}</b><span>{k}</span></div>" for k, (v, _) in _summary(run).items())
+    cards = "".join(f"<div class=fact><b>{escaped(v)}</b><span>{k}</span></div>" for k, (v, _) in _summary(run).items())
     empty = "" if run.rows else "<p class=note>No step has been completed yet.</p>"
     return f"<div class=facts>{cards}</div>{empty}"
 
@@ -213,9 +159,9 @@ def _comparison(runs: list[Run]) -> str:
         for name in names:
             text, score = summary.get(name, ("", None))
             mark = " best" if score is not None and score == best[name] else ""
-            cells.append(f'<td class="n{mark}">{_text(text)}</td>')
-        lines.append(f"<tr><td>{_text(run.name)}</td>{''.join(cells)}</tr>")
-    return _section("Comparison", _table(["run"], names, lines))
+            cells.append(f'<td class="n{mark}">{escaped(text)}</td>')
+        lines.append(f"<tr><td>{escaped(run.name)}</td>{''.join(cells)}</tr>")
+    return section("Comparison", table(["run"], names, lines))
 
 
 def _loss(runs: list[Run]) -> str:
@@ -232,7 +178,7 @@ def _loss(runs: list[Run]) -> str:
     wide, narrow = (plots.loss(lines, redone, heldout, stops, narrow=n) for n in (False, True))
     caption = "Training loss of every step and its running mean." + (" Dots: held-out text." if heldout else "")
     caption += " Red: where the run was struck down; green: the checkpoint it went on from." if stops else ""
-    return _section("Loss", _picture(wide, caption, narrow))
+    return section("Loss", picture(wide, caption, narrow))
 
 
 def _line_of_evals(run: Run) -> Line:
@@ -246,11 +192,11 @@ def _dynamics(runs: list[Run]) -> str:
     mfus = [run.line("mfu") for run in drawn if any(row.get("mfu") is not None for row in run.rows)]
     rates = [run.line("tokens_per_s") for run in drawn]
     left = plots.gradient_and_lr([run.line("grad_norm") for run in drawn], [run.line("lr") for run in drawn])
-    figures = _picture(left, "Gradient norm before clipping; learning rate.")
-    figures += _picture(
+    figures = picture(left, "Gradient norm before clipping; learning rate.")
+    figures += picture(
         plots.throughput(rates, mfus), "Tokens per second over recent steps" + (", and MFU." if mfus else ".")
     )
-    return _section("Training", f"<div class=pair>{figures}</div>")
+    return section("Training", f"<div class=pair>{figures}</div>")
 
 
 def _sources(runs: list[Run]) -> str:
@@ -266,9 +212,9 @@ def _sources(runs: list[Run]) -> str:
             lines.append(Line(name, [row["step"] for row in had], [row["source_loss"][name] for row in had]))
         narrow = plots.by_source(lines)
         wide = narrow if len(runs) > 1 else plots.by_source(lines, wide=True)
-        figures.append(_picture(wide, run.name if len(runs) > 1 else "", narrow))
+        figures.append(picture(wide, run.name if len(runs) > 1 else "", narrow))
     layout = "pair" if len(figures) > 1 else ""
-    return _section("Loss by source", f"<div class='{layout}'>{''.join(figures)}</div>") if figures else ""
+    return section("Loss by source", f"<div class='{layout}'>{''.join(figures)}</div>") if figures else ""
 
 
 def _heldout(runs: list[Run]) -> str:
@@ -281,25 +227,45 @@ def _heldout(runs: list[Run]) -> str:
     for run, record in newest.items():
         whole = {key: record.get(key) for key in ("loss", "perplexity", "bits_per_byte", "tokens")}
         for name, figures in (*record["sources"].items(), *([("all", whole)] if len(record["sources"]) != 1 else [])):
-            cells = "".join(f"<td class=n>{_number(figures.get(key))}</td>" for key in whole)
-            first = f"<td>{_text(run)}</td>" if len(newest) > 1 else ""
-            rows.append(f"<tr>{first}<td>{_text(name)}</td>{cells}</tr>")
+            cells = "".join(f"<td class=n>{number(figures.get(key))}</td>" for key in whole)
+            first = f"<td>{escaped(run)}</td>" if len(newest) > 1 else ""
+            rows.append(f"<tr>{first}<td>{escaped(name)}</td>{cells}</tr>")
     heads = (["run"] if len(newest) > 1 else []) + ["source"]
-    table = _table(heads, ["loss", "perplexity", "bits per byte", "tokens"], rows)
+    shown = table(heads, ["loss", "perplexity", "bits per byte", "tokens"], rows)
     bits = {r: [record["sources"].get(n, {}).get("bits_per_byte") for n in names] for r, record in newest.items()}
-    figures = _picture(plots.heldout_bars(names, bits), "Bits per byte by source.") if names else ""
+    figures = picture(plots.heldout_bars(names, bits), "Bits per byte by source.") if names else ""
     lines = []
     for run, record in newest.items():
         places = [entry for entry in record.get("by_position") or [] if entry[2] is not None]
         middles = [math.sqrt((first + 1) * (last + 1)) for first, last, _, _ in places]
         lines += [Line(run, middles, [entry[2] for entry in places])] if places else []
     if lines:
-        figures += _picture(
+        figures += picture(
             plots.by_position(lines), "Loss by position: how much the model gains from what it has read."
         )
     steps = ", ".join(sorted({f"{record['step']:,}" for record in newest.values()}))
     note = f"<p class=note>Text that is never trained on, at step {steps}.</p>"
-    return _section("Held-out text", f"{note}{table}<div class=pair style='margin-top:22px'>{figures}</div>")
+    return section("Held-out text", f"{note}{shown}<div class=pair style='margin-top:22px'>{figures}</div>")
+
+
+def _modules(runs: list[Run]) -> str:
+    """Of every ensemble how relevant each module is to each source, now and over training."""
+    figures = []
+    for run in runs:
+        told = [(record["step"], of_sources) for record in run.evals if (of_sources := judged(record))]
+        if not told:
+            continue
+        name, (step, newest) = f"{run.name}, " if len(runs) > 1 else "", told[-1]
+        caption = "what share each module has in predicting held-out text, and below it the module's own loss."
+        figures.append(picture(plots.relevance(newest), f"{name}step {step:,}: {caption}"))
+        if len(told) > 1:
+            best = {source: max(of, key=lambda module: of[module].relevance) for source, of in newest.items()}
+            lines = [
+                Line(f"{module} on {source}", [s for s, _ in told], [of[source][module].relevance for _, of in told])
+                for source, module in best.items()
+            ]
+            figures.append(picture(plots.relevance_over_training(lines), f"{name}relevance over training."))
+    return section("Modules", f"<div class=pair>{''.join(figures)}</div>") if figures else ""
 
 
 def _history(run: Run, several: bool) -> str:
@@ -318,14 +284,14 @@ def _history(run: Run, several: bool) -> str:
         tone = "bad" if kind in ALARMS else "good" if kind in RECOVERIES else ""
         since = duration(event["time"] - run.history[0]["time"])
         rows.append(
-            f'<tr><td class=t>+{since}</td><td class="n attempt">{_text(event.get("attempt", ""))}</td>'
-            f'<td class="kind {tone}">{_text(kind)}</td><td class=m>{_text(event.get("message", ""))}</td></tr>'
+            f'<tr><td class=t>+{since}</td><td class="n attempt">{escaped(event.get("attempt", ""))}</td>'
+            f'<td class="kind {tone}">{escaped(kind)}</td><td class=m>{escaped(event.get("message", ""))}</td></tr>'
         )
     if not rows:
         return ""
     head = '<tr><th>time</th><th class="n attempt">attempt</th><th>event</th><th>what happened</th></tr>'
-    table = f"<div class=scroll><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
-    return _section(f"History of {run.name}" if several else "History", note + table)
+    shown = f"<div class=scroll><table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
+    return section(f"History of {run.name}" if several else "History", note + shown)
 
 
 def _samples(runs: list[Run], more: Sequence[Record]) -> str:
@@ -335,7 +301,7 @@ def _samples(runs: list[Run], more: Sequence[Record]) -> str:
         own = [event for event in run.history if event["event"] == "sample"][-6:]
         cards += [_sample(event, run.name if len(runs) > 1 else "") for event in own]
     cards += [_sample(record, str(record.get("run", ""))) for record in more]
-    return _section("What it writes", "".join(cards)) if cards else ""
+    return section("What it writes", "".join(cards)) if cards else ""
 
 
 def _sample(record: Record, run: str) -> str:
@@ -344,48 +310,15 @@ def _sample(record: Record, run: str) -> str:
     text, prompt = str(record.get("text", ""))[:SAMPLE_CHARACTERS], str(record.get("prompt", ""))
     # whether a text repeats its prompt is the writer's choice; it is shown once
     text = text.removeprefix(prompt)
-    head = f"<p class=note style='font-family:inherit'>{_text(', '.join(told))}</p>" if told else ""
-    return f"<div class=sample>{head}<p><span class=prompt>{_text(prompt)}</span>{_text(text)}</p></div>"
+    head = f"<p class=note style='font-family:inherit'>{escaped(', '.join(told))}</p>" if told else ""
+    return f"<div class=sample>{head}<p><span class=prompt>{escaped(prompt)}</span>{escaped(text)}</p></div>"
 
 
 def _configuration(run: Run, several: bool) -> str:
     if not run.config:
         return ""
-    folded = f"<details><summary>config.yaml</summary><pre>{_text(run.config)}</pre></details>"
-    return _section(f"Configuration of {run.name}" if several else "Configuration", folded)
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{_text(title)}</h2>{content}</section>"
-
-
-def _table(words: list[str], numbers: list[str], rows: list[str]) -> str:
-    head = "".join(f"<th>{_text(w)}</th>" for w in words) + "".join(f"<th class=n>{_text(n)}</th>" for n in numbers)
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-
-
-def _picture(svg: str, caption: str, narrow: str | None = None) -> str:
-    """A figure with an image for light and one for dark pages, perhaps others for phones; `STYLE` shows one of them."""
-    desk = "" if narrow is None else " desk"
-    images = [(svg, "light" + desk), (plots.dark(svg), "dark" + desk)]
-    images += [] if narrow is None else [(narrow, "light phone"), (plots.dark(narrow), "dark phone")]
-    shown = "".join(f'<img class="{kind}" alt="{_text(caption)}" src="{_data_uri(image)}">' for image, kind in images)
-    return f"<figure>{shown}" + (f"<figcaption>{_text(caption)}</figcaption></figure>" if caption else "</figure>")
-
-
-def _data_uri(svg: str) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
-
-
-def _number(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if value < 1000 else f"{value:,.0f}"
-
-
-def _text(value: Any) -> str:
-    """Text from a run, harmless in a page: markup escaped, control characters and direction overrides shown as �."""
-    return html.escape(CONTROL.sub("\ufffd", str(value)))
+    folded = f"<details><summary>config.yaml</summary><pre>{escaped(run.config)}</pre></details>"
+    return section(f"Configuration of {run.name}" if several else "Configuration", folded)
 
 
 def duration(seconds: float) -> str:

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from pretrain import plots
+from pretrain.ensemble.relevance import judged
 from pretrain.metrics import JsonlSink
-from pretrain.plots import Line
+from pretrain.plots import LIGHT, Line
 from pretrain.report import duration, incidents, read_run, write_report
 from pretrain.run_folder import Record, RunFolder, append_line
 
@@ -252,3 +253,40 @@ def test_importing_the_report_loads_neither_torch_nor_matplotlib() -> None:
 )
 def test_durations_read_as_people_say_them(seconds: float, said: str) -> None:
     assert duration(seconds) == said
+
+
+def of_modules(step: int, share: float) -> Record:
+    """An evaluation of an ensemble of two modules."""
+    model = {
+        source: {"relevance": {"books": share, "code": 1 - share}, "loss": {"books": 2.25, "code": 3.125}}
+        for source in ("books", "code")
+    }
+    return evaluation(step) | {"model": model}
+
+
+def test_an_ensembles_modules_are_shown_by_relevance_now_and_over_training(crashed: RunFolder) -> None:
+    before = written(crashed)
+    assert "Modules" not in before.text
+    for step, share in ((60, 0.4), (110, 0.875)):
+        append_line(crashed.evals, of_modules(step, share))
+    page = written(crashed)
+    images = [image for image in pictures(page) if image not in pictures(before)]
+    (square, curve) = (image for image in images if "relevance" in image and LIGHT["ink"] in image)
+    for shown in (">88%<", ">12%<", ">2.250<", ">3.125<", ">books<", ">code<"):
+        assert shown in square
+    assert ">books on code<" in curve
+    assert "step 110: what share each module has" in page.text
+    # figures without a module are no figures of the run, nor do other models have modules
+    assert judged(of_modules(1, 0.5) | {"without": ["code"]})["books"] == {"books": (0.5, 2.25)}
+    assert judged(evaluation(1) | {"model": {"blocks.0": {"load": 1.0}}}) == {}
+
+
+def pictures(page: Page) -> list[str]:
+    """Every image as SVG."""
+    return [base64.b64decode(address.split(",")[1]).decode() for address in page.addresses()]
+
+
+def test_relevance_is_also_a_png(tmp_path: Path) -> None:
+    image = plots.relevance_png(judged(of_modules(1, 0.5)))
+    assert image.startswith(b"\x89PNG")
+    assert image == plots.relevance_png(judged(of_modules(1, 0.5)))
