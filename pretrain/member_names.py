@@ -48,7 +48,7 @@ class MemberEngine:
         state = self._engine.state()
         shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in state.shapes.items():
-            shapes |= {own: shape[1:] for own in self._names[name]} if name in self._names else {name: shape}
+            shapes |= dict.fromkeys(self._names[name], shape[1:]) if name in self._names else {name: shape}
         parts = [
             part
             for fragment in state.fragments

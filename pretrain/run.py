@@ -80,7 +80,7 @@ def _leave_note(path: Path, note: bytes) -> None:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that LEVIATHAN_PARENT names dies: nobody outlives his supervisor."""
+    """Have the kernel kill this process when the one that LEVIATHAN_PARENT names dies: no rank outlives it."""
     parent = os.environ.get("LEVIATHAN_PARENT")
     if parent is None or not sys.platform.startswith("linux"):
         return

@@ -3,7 +3,7 @@
     g(x) = diag(d) + U U^T,      d = exp(P h + p),      U = Q h + q in R^{D x R},      h = tanh(W x + c)
     x'' = -Gamma(x)[x', x'] = g^-1 ( 1/2 grad_x(v^T g v) - (dg/dt) v ),      v = x'
 
-The D^3 Christoffel symbols are never made: dg/dt follows from dh/dt = (1 - h^2) W v, the gradient from v^T g v by way of
+The D^3 Christoffel symbols are never made: dg/dt follows from dh/dt = (1 - h^2) W v, the gradient from v^T g v through
 h, and g^-1 is Woodbury's, in O(D R) numbers. v^T g v stays the same on a geodesic.
 
 Shapes: B points, D width, R rank, M features.
