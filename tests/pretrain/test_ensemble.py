@@ -313,3 +313,47 @@ def test_mistakes_in_an_ensemble_are_told():
         config_of(["one", "one"], fusion="mhc")
     with pytest.raises(ConfigError, match="plain blocks"):
         build(config_of(fusion="uniform", logits={"hidden": 8}), VOCAB)
+
+
+VARIANTS = [
+    {"wrap": {"passes": 2}},
+    {"positions": "learned", "tie": False, "bias": True, "norm": "layernorm"},
+    {"mixers": [{"name": "elita"}, {"name": "attention", "options": {"heads": 4, "kv_heads": 2}}]},
+    {"channel": {"name": "moe", "options": {"experts": 4}}},
+    {"couple_every": 2, "norm": "layernorm_plain", "channel": {"name": "feedforward2"}},
+    {"couple_every": 0},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda keys: "-".join(keys))
+def test_any_blocks_serve_as_models_of_an_ensemble(variant):
+    model, layout = make(fusion="mhc", top=4, **variant).train(), packed()
+    batch = batch_of(layout)
+    model(batch).total.backward()
+    dead = [n for n, p in model.named_parameters() if p.grad is None or torch.count_nonzero(p.grad) == 0]
+    assert dead == []
+    model.eval()
+    whole, state, parts = model.logits(batch.tokens_BT, layout), model.initial_state(ROWS), []
+    for start, stop in ((0, 1), (1, 17), (17, 30), (30, LENGTH)):
+        logits, state = model.decode(batch.tokens_BT[:, start:stop], state, piece(layout, start, stop))
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-10)
+    changed = batch.tokens_BT.clone()
+    changed[0, 20:] = (changed[0, 20:] + 1) % VOCAB
+    after = model.logits(changed, layout)
+    torch.testing.assert_close(after[0, :20], whole[0, :20], rtol=0, atol=1e-12)
+    torch.testing.assert_close(after[1:], whole[1:], rtol=0, atol=1e-12)
+
+
+@over_fusions
+def test_bf16_stays_near_float64(fusion):
+    exact, low, batch = make(fusion=fusion, top=4), make(fusion=fusion, top=4).bfloat16(), batch_of(packed())
+    with torch.no_grad():
+        for p, q in zip(exact.parameters(), low.parameters()):
+            p.copy_(q)
+    losses = [model(batch) for model in (exact, low)]
+    for parts in losses:
+        parts.total.backward()
+    assert float((losses[1].total - losses[0].total).abs() / losses[0].total) < 2e-2
+    a, b = (torch.cat([p.grad.double().flatten() for p in model.parameters()]) for model in (exact, low))
+    assert (a - b).norm() / a.norm() < 5e-2
