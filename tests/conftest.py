@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+# before torch looks: idle threads of tiny operations make tests twenty times slower on a busy machine
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from data_pipeline.build import build
 from data_pipeline.config import DataConfig, SourceConfig
 from pretrain.run_folder import RunFolder
