@@ -199,8 +199,11 @@ class RunConfig(Config):
                 " engine.zero 3 experts are sharded like everything else"
             )
         if shared > 1 and self.engine.zero == 0 and self.engine.precision == "bf16":
-            # there DeepSpeed 0.19 scales experts' gradients otherwise than all others
+            # there DeepSpeed 0.19 leaves experts' gradients out of the norm
             raise ValueError(f"engine.expert_parallel {shared} in bf16 needs engine.zero 1 or 2; set engine.zero=1")
+        if self.optim.name == "muon" and self.engine.name == "deepspeed" and self.engine.zero:
+            # ZeRO 1 to 3 give the optimizer flat pieces of parameters; Muon needs whole matrices
+            raise ValueError(f"optim.name muon does not work with engine.zero {self.engine.zero}; set engine.zero=0")
         if self.engine.offload_optimizer and self.engine.zero == 0:
             raise ValueError("engine.offload_optimizer needs engine.zero 1, 2 or 3")
         return self

@@ -116,9 +116,18 @@ def changed_model(config: Path) -> tuple[list[object], str]:
     return [config, "model.depth=3"], "run small began with another configuration (model.depth: 2 → 3);"
 
 
+def muon_in_pieces(config: Path) -> tuple[list[object], str]:
+    return [config, "optim.name=muon", "engine.zero=2"], "optim.name muon does not work with engine.zero 2; set"
+
+
+def two_modules_and_no_fusion(config: Path) -> tuple[list[object], str]:
+    return [config, "model.ensemble.modules=[one, two]"], "has 2 modules but fusion none; choose mhc,"
+
+
 MISTAKES: list[tuple[int, Callable[[Path], tuple[list[object], str]]]] = [
     (78, unknown_key), (78, wrong_type), (78, duplicate_key), (2, missing_file), (78, unknown_mixer),
     (78, rows_and_ranks), (78, out_of_range), (78, not_a_number), (78, tabs), (78, changed_model),
+    (78, muon_in_pieces), (78, two_modules_and_no_fusion),
 ]  # fmt: skip
 
 
