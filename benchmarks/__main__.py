@@ -8,7 +8,7 @@ import os
 import re
 import sys
 
-LOSSES = ("shakespeare", "mixers", "wrap", "pairs", "ensemble_quality", "published")
+LOSSES = ("shakespeare", "mixers", "moe", "wrap", "pairs", "ensemble_quality", "published")
 NAMES = ("step", "data", "checkpoint", "start", "ensemble", *LOSSES)
 
 

@@ -215,6 +215,20 @@ def relevance_over_training(lines: list[Line]) -> str:
     return _svg(figure)
 
 
+@_Styled()
+def loads(lines: list[Line]) -> str:
+    """Loads of experts as multiples of an equal share, over training."""
+    figure, (axes,) = _figure(1, (5.2, 3.6))
+    axes.axhline(1.0, linewidth=0.8, color=LIGHT["grid"])
+    for index, line in enumerate(lines):
+        _curve(axes, line, SERIES_LIGHT[index % len(SERIES_LIGHT)], smooth=True)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("load (1: an equal share)")
+    axes.set_xlabel("step")
+    _legend(axes, lines, always=True)
+    return _svg(figure)
+
+
 def dark(svg: str) -> str:
     """The same figure for a dark page."""
     pairs = (*zip(LIGHT.values(), DARK.values()), *zip(SERIES_LIGHT, SERIES_DARK))

@@ -54,7 +54,7 @@ def write_report(folders: list[RunFolder], out: Path, samples: Sequence[Record] 
     runs = [read_run(folder) for folder in folders]
     several = len(runs) > 1
     parts = [_heading(runs), _comparison(runs) if several else _facts(runs[0])]
-    parts += [_loss(runs), _dynamics(runs), _sources(runs), _heldout(runs), _modules(runs)]
+    parts += [_loss(runs), _dynamics(runs), _sources(runs), _heldout(runs), _modules(runs), _experts(runs)]
     parts += [*(_history(run, several) for run in runs), _samples(runs, samples)]
     parts += [_configuration(run, several) for run in runs]
     title = escaped(" · ".join(run.name for run in runs))
@@ -266,6 +266,30 @@ def _modules(runs: list[Run]) -> str:
             ]
             figures.append(picture(plots.relevance_over_training(lines), f"{name}relevance over training."))
     return section("Modules", f"<div class=pair>{''.join(figures)}</div>") if figures else ""
+
+
+def _experts(runs: list[Run]) -> str:
+    """Of every run with mixtures of experts the most and the least that an expert of any layer had to do."""
+    figures = []
+    for run in runs:
+        extremes: dict[str, list[float]] = {"most": [], "least": []}
+        steps = []
+        for row in run.rows:
+            layers: dict[str, list[float]] = {}
+            for name, share in row.get("model", {}).items():
+                layer, found, _ = name.rpartition("/load.")
+                if found:
+                    layers.setdefault(layer, []).append(share)
+            if layers:
+                shares = [share * len(layer) for layer in layers.values() for share in layer]
+                steps.append(row["step"])
+                extremes["most"].append(max(shares))
+                extremes["least"].append(min(shares))
+        if steps:
+            lines = [Line(f"{which} loaded", steps, list(values)) for which, values in extremes.items()]
+            named = f"{run.name}: " if len(runs) > 1 else ""
+            figures.append(picture(plots.loads(lines), f"{named}the most and the least loaded expert of any layer."))
+    return section("Experts", f"<div class=pair>{''.join(figures)}</div>") if figures else ""
 
 
 def _history(run: Run, several: bool) -> str:

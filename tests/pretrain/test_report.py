@@ -281,6 +281,15 @@ def test_an_ensembles_modules_are_shown_by_relevance_now_and_over_training(crash
     assert judged(evaluation(1) | {"model": {"blocks.0": {"load": 1.0}}}) == {}
 
 
+def test_the_loads_of_experts_are_shown_over_training(folder: RunFolder) -> None:
+    for step in range(1, 30):
+        told = {"a.channel/load.0": 0.75, "a.channel/load.1": 0.25, "a.channel/entropy": 0.5, "other": 1.0}
+        append_line(folder.metrics, row(step, model=told if step > 1 else {}))
+    page = written(folder)
+    assert "Experts" in page.text
+    assert any(">most loaded<" in image and ">least loaded<" in image for image in pictures(page))
+
+
 def pictures(page: Page) -> list[str]:
     """Every image as SVG."""
     return [base64.b64decode(address.split(",")[1]).decode() for address in page.addresses()]
