@@ -138,12 +138,11 @@ def test_a_mixer_of_the_users_own_that_fails_is_a_sentence(config, tmp_path):
         check_run([str(config)], [f"model.mixers=[{{file: {mixer}}}]"], None)
 
 
-@pytest.mark.parametrize("mixer", ["attention", "correlation"])
+@pytest.mark.parametrize(("mixer", "channel"), [("attention", "mlp"), ("correlation", "mlp"), ("correlation", "moe")])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_activations_are_counted_as_a_real_forward_pass_saves_them(mixer, bf16):
-    shape = ModelConfig.model_validate_json(
-        f'{{"width": 32, "depth": 3, "length": 64, "mixers": [{{"name": "{mixer}"}}]}}'
-    )
+def test_activations_are_counted_as_a_real_forward_pass_saves_them(mixer, channel, bf16):
+    parts = f'"mixers": [{{"name": "{mixer}"}}], "channel": {{"name": "{channel}"}}'
+    shape = ModelConfig.model_validate_json(f'{{"width": 32, "depth": 3, "length": 64, {parts}}}')
     model = build(shape, 97).to_empty(device="cpu").train()
     initialise(model, 0)
     if bf16:
@@ -162,3 +161,19 @@ def test_activations_are_counted_as_a_real_forward_pass_saves_them(mixer, bf16):
     real = sum(storage.nbytes() for storage in saved.values())
     assert activation_bytes(shape, 97, 4, bf16=bf16, recompute=False) == pytest.approx(real, rel=0.01)
     assert activation_bytes(shape, 97, 4, bf16=bf16, recompute=True) < 0.6 * real
+
+
+def test_shared_experts_are_checked_and_take_less_memory_each(shards, corpus, tmp_path, capsys):
+    config = str(small_config(tmp_path, shards, corpus))
+    moe = "model.channel={name: moe, options: {experts: 6}}"
+    for words, said in (
+        (["engine.expert_parallel=2"], "no experts to deal"),
+        ([moe, "engine.expert_parallel=4"], "does not divide the 6 experts"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            check_run([config], words, 4)
+    with pytest.raises(ConfigError, match="does not divide 4 ranks"):
+        check_run([config], [moe, "engine.expert_parallel=3"], 4)
+    capsys.readouterr()
+    check_run([config], [moe, "engine.expert_parallel=2"], 4)
+    assert "ready" in capsys.readouterr().out

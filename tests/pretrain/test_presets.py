@@ -54,6 +54,14 @@ def test_every_count_follows_from_the_shape_vocabulary_length_and_mixer(name, vo
     assert parameters(build(config(name), vocab)) == dot + blocks * heads * 4  # a weight for each of 4 lags
 
 
+@pytest.mark.parametrize("vocab", [65, 257])
+def test_the_mixture_adds_routers_and_experts_to_the_dense_preset(vocab):
+    expert = 2 * 32 * 64 + 64 + 32  # two layers and their biases, half as wide as the dense network
+    dense = 2 * 32 * 128 + 128 + 32
+    more = 2 * (8 * expert + 8 * 32 - dense)
+    assert parameters(build(config("leviathan-moe"), vocab)) == parameters(build(config("leviathan-50k"), vocab)) + more
+
+
 def test_the_published_count_of_5315_parameters_is_that_of_the_dot_product():
     """91 symbols, a table of 1,000 positions; the published correlation has no parameters of its own."""
     assert parameters(build(dot_product("leviathan-5k", length=1000), 91)) == 5315
