@@ -102,7 +102,8 @@ class DeepSpeedEngine:
         self._prime()
 
     def step(self, batches: Sequence[Batch], step: int, lr_scale: float, votes: Votes = no_votes) -> StepResult:
-        if not self._engine.training:
+        # DeepSpeed's own flag does not follow its eval()
+        if not self.model.training:
             self._engine.train()
         seed_step(self._seed, step, self._ranks.rank)
         self.model.begin_step(step)

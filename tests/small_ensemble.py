@@ -39,7 +39,7 @@ train: {{steps: {STEPS}, batch_rows: 8}}
 modules: {{steps: {ALONE_STEPS}}}
 engine: {{name: {engine}, device: cpu, threads: 1}}
 checkpoint: {{every: 3, keep_last: 20}}
-eval: {{every: 4, rows: 16}}
+eval: {{every: 2, rows: 16}}
 log: {{peak_tflops: 1}}
 launch: {{hang_s: 10, ranks: {1 if engine == "torch" else 2}}}
 """

@@ -211,15 +211,16 @@ def options(out: Path, stages: list[str], key: str) -> object:
 
 
 def evaluation(out: Path, stages: list[str]) -> object:
-    """The loss of a batch without gradient, before and after steps."""
-    results = {}
+    """The loss of a batch without gradient, before and after steps, and whether the model was in training for each."""
+    results: dict[str, list[object]] = {}
     for stage in stages:
         engine = engine_of(stage)
-        values = []
+        values, modes = results.setdefault(stage, []), results.setdefault(f"{stage} modes", [])
         for step in range(3):
             values.append(engine.evaluate(batches(50)[0]).total.item())
+            modes.append(engine.model.training)
             engine.step(batches(step), step, 1.0)
-        results[stage] = values
+            modes.append(engine.model.training)
     return results
 
 

@@ -77,6 +77,8 @@ def test_evaluation_is_the_same_on_all_stages(tmp_path):
     results = run_ranks(WORKER, "evaluation", 1, tmp_path, stages=["torch", *STAGES])
     for stage in STAGES:
         assert results[stage] == pytest.approx(results["torch"], rel=1e-5), stage
+    for stage in ("torch", *STAGES):
+        assert results[f"{stage} modes"] == [False, True] * 3, f"{stage}: after an evaluation it trains as before"
 
 
 def test_a_checkpoint_of_one_rank_is_taken_over_by_every_stage_and_plain_torch(tmp_path):
