@@ -10,7 +10,8 @@ from configs.errors import ConfigError
 from pretrain.run_folder import RunFolder
 
 Origin = dict[str, Any]
-"""{"run", "step"} of a branch; {"modules": {NAME: {"run", "step"}}} of an ensemble that was trained in parts."""
+"""{"run", "step"} of a branch; {"modules": {NAME: {"run", "step"}}} of an ensemble whose modules were trained alone;
+{"models": {MODULE.a: {"run", "step"}, …}} of a module that has a seed."""
 
 
 def origin_of(words: Sequence[str], modules: Sequence[str], runs: Path, folder: RunFolder, begun: bool) -> Origin:
@@ -37,7 +38,7 @@ def origin_of(words: Sequence[str], modules: Sequence[str], runs: Path, folder: 
 
 def shown(origin: Origin) -> str:
     """An origin in a few words."""
-    parts = origin.get("modules", {"": origin})
+    parts = origin.get("modules") or origin.get("models") or {"": origin}
     return ", ".join(f"{name}={part['run']}@{part['step']}".removeprefix("=") for name, part in parts.items())
 
 

@@ -1,6 +1,8 @@
 """`leviathan ensemble`: each module trained alone, then all joined and trained together, in one command.
 
-    phase 1   RUN-MODULE of each module, runs like any other      phase 2   RUN, which begins with their checkpoints
+    RUN-seed, if there is one: a single model that every module's models begin from
+    RUN-MODULE of each module, runs like any other
+    RUN, which begins with their checkpoints
 
 What is done is seen from the run folders alone, so the command goes on wherever it was ended.
 """
@@ -16,6 +18,7 @@ from pathlib import Path
 from rich.console import Console as Terminal
 
 from configs.errors import DONE, ConfigError, DataError, UsageError
+from launcher.branch import Origin
 from launcher.config import LaunchConfig
 from launcher.prepare import (
     Prepared,
@@ -31,21 +34,30 @@ from launcher.runs import tail
 from launcher.several import Supervisors
 from launcher.train import FOR_GOOD, cause_of_end, tell_end
 from pretrain.config import RunConfig, total_steps
-from pretrain.ensemble.alone import module_run, without_modules
+from pretrain.ensemble.alone import module_run, seed_run, without_modules
+from pretrain.ensemble.config import FIRST, SECOND
 from pretrain.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """config, folder: of the joint run. alone: of every module's run, by module."""
+    """config, folder: of the joint run. alone: of every module's run, by module. seed: of the seed's run."""
 
     config: RunConfig
     launch: LaunchConfig
     folder: RunFolder
     alone: dict[str, RunConfig]
+    seed: RunConfig | None
 
-    def folder_of(self, module: str) -> RunFolder:
-        return RunFolder(Path(self.config.run.dir).expanduser() / str(self.alone[module].run.name))
+    def phase(self, number: int) -> str:
+        """`phase 2 of 3`; the joint run is the last, modules are the last but one."""
+        phases = 3 if self.seed is not None else 2
+        return f"[bold]phase {number % phases + 1} of {phases}[/bold]"
+
+
+def folder_of(config: RunConfig) -> RunFolder:
+    """Where a run that has a name lies."""
+    return RunFolder(Path(config.run.dir).expanduser() / str(config.run.name))
 
 
 def train_ensemble(files: Sequence[str], words: Sequence[str], *, ranks: int | None, without: Sequence[str]) -> int:
@@ -54,9 +66,9 @@ def train_ensemble(files: Sequence[str], words: Sequence[str], *, ranks: int | N
     plan = _plan(files, words, ranks, without)
     terminal = Terminal(highlight=False)
     with Supervisors(terminal) as supervisors:
-        code = _phase_1(plan, supervisors, terminal)
-        if code == DONE:
-            code = _phase_2(plan, supervisors, terminal)
+        code = DONE
+        for phase in (_train_seed, _train_modules, _train_joined):
+            code = phase(plan, supervisors, terminal) if code == DONE else code
     if code == DONE:
         _show_table(plan)
     return code
@@ -64,25 +76,61 @@ def train_ensemble(files: Sequence[str], words: Sequence[str], *, ranks: int | N
 
 def _plan(files: Sequence[str], words: Sequence[str], ranks: int | None, without: Sequence[str]) -> _Plan:
     config, launch = resolve(files, words)
-    modules = config.model.ensemble.modules
-    if not modules:
+    if not config.model.ensemble.modules:
         raise UsageError(
             "this configuration has no modules; name some under model.ensemble.modules, or use `leviathan train`"
         )
+    if config.model.ensemble.fusion == "btx" and not config.modules.seed_steps:
+        raise ConfigError("fusion btx averages models, which must have begun from one seed; set modules.seed_steps")
     if ranks is not None:
         launch = launch.model_copy(update={"ranks": ranks})
     check_rows(config, launch.ranks)
     # named before modules are left out: those that are left keep their runs
     folder = run_folder(config, files)
-    config = config.model_copy(update={"run": config.run.model_copy(update={"name": folder.name})})
-    config = without_modules(config, without)
-    return _Plan(config, launch, folder, {name: module_run(config, name) for name in config.model.ensemble.modules})
+    named = {
+        "run": config.run.model_copy(update={"name": folder.name}),
+        "log": config.log.model_copy(update={"wandb_group": config.log.wandb_group or folder.name}),
+    }
+    config = without_modules(config.model_copy(update=named), without)
+    alone = {name: module_run(config, name) for name in config.model.ensemble.modules}
+    return _Plan(config, launch, folder, alone, seed_run(config) if config.modules.seed_steps else None)
+
+
+# ---- the seed
+
+
+def _train_seed(plan: _Plan, supervisors: Supervisors, terminal: Terminal) -> int:
+    """Train the model that modules begin from, while some have not begun."""
+    if plan.seed is None or has_begun(plan.folder) or all(has_begun(folder_of(run)) for run in plan.alone.values()):
+        return DONE
+    folder = folder_of(plan.seed)
+    if _is_done(folder, plan.seed):
+        terminal.print(f"{plan.phase(0)}: done before, step {total_steps(plan.seed):,} of {folder.name}")
+        return DONE
+    terminal.print(f"{plan.phase(0)}: the seed of all modules: run {folder.name} in {folder.path}")
+    run = make_ready(plan.seed, plan.launch, folder, verb="ensemble")
+    code = supervisors.train([run]).get(folder.name, supervisors.asked or DONE)
+    if code != DONE:
+        _tell_failure(folder, "the seed", "", code, terminal)
+    return code
+
+
+def _from_seed(plan: _Plan, module: str) -> Origin | None:
+    """What a module begins from: its first model from the seed's end, its second from its half.
+
+    From one checkpoint the two would begin equal, and only their couplings would ever tell them apart.
+    """
+    if plan.seed is None or has_begun(folder_of(plan.alone[module])):
+        return None
+    run, steps = str(folder_of(plan.seed).path.resolve()), total_steps(plan.seed)
+    of_each = {FIRST: steps, SECOND: steps // 2}
+    return {"models": {f"{module}.{which}": {"run": run, "step": step} for which, step in of_each.items()}}
 
 
 # ---- modules alone
 
 
-def _phase_1(plan: _Plan, supervisors: Supervisors, terminal: Terminal) -> int:
+def _train_modules(plan: _Plan, supervisors: Supervisors, terminal: Terminal) -> int:
     """Train every module that is not yet trained."""
     if has_begun(plan.folder):
         if "modules" not in plan.folder.facts().get("from", {}):
@@ -90,21 +138,22 @@ def _phase_1(plan: _Plan, supervisors: Supervisors, terminal: Terminal) -> int:
                 f"run {plan.folder.name} has begun without modules trained alone; go on with `leviathan train`, or give"
                 " the ensemble another run.name"
             )
-        terminal.print(f"phase 1 of 2: done before, its modules are joined in {plan.folder.name}")
+        terminal.print(f"{plan.phase(-2)}: done before, its modules are joined in {plan.folder.name}")
         return DONE
-    terminal.print(f"[bold]phase 1 of 2[/bold]: {len(plan.alone)} modules, each alone")
+    terminal.print(f"{plan.phase(-2)}: {len(plan.alone)} modules, each alone")
     side_by_side = _places(plan)
-    modules = {plan.folder_of(name).name: name for name in plan.alone}
+    modules = {folder_of(config).name: name for name, config in plan.alone.items()}
     numbers = {
         run: f"module {number} of {len(modules)}, {name}" for number, (run, name) in enumerate(modules.items(), 1)
     }
     waiting = []
     for run, name in modules.items():
-        folder, config = plan.folder_of(name), plan.alone[name]
+        folder, config = folder_of(plan.alone[name]), plan.alone[name]
         if _is_done(folder, config):
             terminal.print(f"{numbers[run]}: done before, step {max(folder.committed_steps()):,} of {run}")
         else:
-            waiting.append(make_ready(_with_threads(config, plan, side_by_side), plan.launch, folder, verb="ensemble"))
+            config, origin = _with_threads(config, plan, side_by_side), _from_seed(plan, name)
+            waiting.append(make_ready(config, plan.launch, folder, origin=origin, verb="ensemble"))
 
     def begins(run: Prepared) -> None:
         terminal.print(f"[bold]{numbers[run.folder.name]}[/bold]: run {run.folder.name} in {run.folder.path}")
@@ -112,7 +161,9 @@ def _phase_1(plan: _Plan, supervisors: Supervisors, terminal: Terminal) -> int:
     codes = supervisors.train(waiting, side_by_side, begins)
     bad = {run: code for run, code in codes.items() if code != DONE}
     for run, code in bad.items():
-        _tell_failure(plan.folder_of(modules[run]), modules[run], code, terminal)
+        name = modules[run]
+        instead = f", or go on with the others: --without {name}"
+        _tell_failure(folder_of(plan.alone[name]), f"the module {name}", instead, code, terminal)
     return next(iter(bad.values()), supervisors.asked or DONE)
 
 
@@ -143,13 +194,10 @@ def _with_threads(config: RunConfig, plan: _Plan, side_by_side: int) -> RunConfi
     return config.model_copy(update={"engine": config.engine.model_copy(update={"threads": threads})})
 
 
-def _tell_failure(folder: RunFolder, module: str, code: int, terminal: Terminal) -> None:
+def _tell_failure(folder: RunFolder, what: str, instead: str, code: int, terminal: Terminal) -> None:
     if code in FOR_GOOD:
-        message = (
-            f"the module {module} failed (run {folder.name}, exit {code}): {cause_of_end(folder)}; then give the same"
-            f" command again, or go on with the others: --without {module}"
-        )
-        print(f"error: {message}", file=sys.stderr)
+        message = f"{what} failed (run {folder.name}, exit {code}): {cause_of_end(folder)}"
+        print(f"error: {message}; then give the same command again{instead}", file=sys.stderr)
     else:
         terminal.print(f"stopped in {folder.name} (exit {code}); the same command goes on from its last checkpoint")
 
@@ -157,18 +205,18 @@ def _tell_failure(folder: RunFolder, module: str, code: int, terminal: Terminal)
 # ---- all together
 
 
-def _phase_2(plan: _Plan, supervisors: Supervisors, terminal: Terminal) -> int:
+def _train_joined(plan: _Plan, supervisors: Supervisors, terminal: Terminal) -> int:
     """Train the joint run, which begins with the modules' checkpoints."""
     if _is_done(plan.folder, plan.config):
-        terminal.print(f"phase 2 of 2: done before, step {total_steps(plan.config):,} of {plan.folder.name}")
+        terminal.print(f"{plan.phase(-1)}: done before, step {total_steps(plan.config):,} of {plan.folder.name}")
         return DONE
-    origin = []
+    origin = None
     if not has_begun(plan.folder):
-        newest = {name: max(plan.folder_of(name).committed_steps()) for name in plan.alone}
-        origin = [f"{name}={plan.folder_of(name).path}@{step}" for name, step in newest.items()]
-    run = make_ready(plan.config, plan.launch, plan.folder, branch=origin, verb="ensemble")
-    joined = ", ".join(plan.alone)
-    terminal.print(f"[bold]phase 2 of 2[/bold]: {joined} joined: run {plan.folder.name} in {plan.folder.path}")
+        folders = {name: folder_of(config) for name, config in plan.alone.items()}
+        newest = {n: {"run": str(f.path.resolve()), "step": max(f.committed_steps())} for n, f in folders.items()}
+        origin = {"modules": newest}
+    run = make_ready(plan.config, plan.launch, plan.folder, origin=origin, verb="ensemble")
+    terminal.print(f"{plan.phase(-1)}: {', '.join(plan.alone)} joined: run {plan.folder.name} in {plan.folder.path}")
     code = supervisors.train([run]).get(plan.folder.name, supervisors.asked or DONE)
     tell_end(terminal, plan.folder, code)
     return code

@@ -15,7 +15,7 @@ from typing import Any
 from configs.errors import ConfigError, LeviathanError
 from configs.load import Layers, build, load, read, to_yaml
 from data_pipeline.files import write_whole
-from launcher.branch import origin_of
+from launcher.branch import Origin, origin_of
 from launcher.config import LaunchConfig
 from launcher.runs import check_not_in_use
 from pretrain.config import (
@@ -89,20 +89,21 @@ def prepare(
         launch = launch.model_copy(update={"ranks": ranks})
     check_rows(config, launch.ranks)
     _check_parts(config, layers)
-    return make_ready(config, launch, run_folder(config, files), branch=branch, allow=allow)
+    folder, runs = run_folder(config, files), Path(config.run.dir).expanduser()
+    origin = origin_of(branch, config.model.ensemble.modules, runs, folder, has_begun(folder)) if branch else None
+    return make_ready(config, launch, folder, origin=origin, allow=allow)
 
 
 def make_ready(
-    config: RunConfig, launch: LaunchConfig, folder: RunFolder, *, branch: Sequence[str] = (),
+    config: RunConfig, launch: LaunchConfig, folder: RunFolder, *, origin: Origin | None = None,
     allow: Sequence[str] = (), verb: str = "train",
 ) -> Prepared:  # fmt: skip
-    """The folder of a run whose configuration is checked. verb: of the command that goes on with it."""
+    """The folder of a run whose configuration is checked. origin: what a new run begins from. verb: of the command that
+    goes on with it."""
     # before anything is written: the run that has the folder reads it at every restart
     check_not_in_use(folder)
-    begun, runs = has_begun(folder), Path(config.run.dir).expanduser()
-    origin = origin_of(branch, config.model.ensemble.modules, runs, folder, begun) if branch else None
     config, copies = own_mixers(config, folder)
-    changes = changes_since(folder, config, allow) if begun else {}
+    changes = changes_since(folder, config, allow) if has_begun(folder) else {}
     if changes:
         folder.event("change", f"configuration changed: {_shown(changes)}", changes=changes)
     folder.make()

@@ -40,6 +40,13 @@ class Teller(nn.Module):
         """Told after every update the measures of the global batch, to adapt what is not trained by gradients."""
 
 
+class AsExpert(NamedTuple):
+    """A channel mixer as one expert of a mixture. options: of the mixture. names: its parameters, by the experts'."""
+
+    options: dict[str, Any]
+    names: dict[str, str]
+
+
 class ChannelMixer(Teller, ABC):
     """(B, T, D) to (B, T, D), each token by itself; one that looks at those before it has a state to decode with."""
 
@@ -65,6 +72,10 @@ class ChannelMixer(Teller, ABC):
     @abstractmethod
     def flops_per_token(self) -> int:
         """Operations of a forward pass per token; a multiply-add is 2."""
+
+    def as_expert(self) -> AsExpert | None:
+        """How a mixture of experts holds many of these; None where it cannot."""
+        return None
 
     def param_groups(self) -> list[ParamGroup]:
         """Parameters that the general rule (matrices decay, all else does not) does not fit."""

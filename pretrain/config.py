@@ -158,6 +158,7 @@ class LogConfig(Config):
     wandb: Literal["off", "offline", "online"] = key("off", "free", "Weights & Biases; metrics.jsonl is always written")
     wandb_project: str = key("leviathan", "free", "the project on Weights & Biases")
     wandb_entity: str | None = key(None, "free", "the team on Weights & Biases; empty: yours")
+    wandb_group: str | None = key(None, "free", "runs shown together there; empty: an ensemble's under its name")
     peak_tflops: float | None = key(None, "free", "peak of one device, for MFU; empty: known GPUs, or measured", gt=0)
 
 

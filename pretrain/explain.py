@@ -133,8 +133,8 @@ def _anchor(folder: RunFolder, config: RunConfig, dataset: Dataset) -> _Anchor:
     own = {name: source.weight for name, source in config.data.sources.items()}
     origin, begins_at = folder.facts().get("from"), 0
     resumed = [event["step"] for event in folder.history() if event["event"] == "resume" and event.get("step")]
-    if origin is not None and "modules" in origin:
-        # joint training of modules begins with the first row
+    if origin is not None and "run" not in origin:
+        # what begins with parts of other runs begins with the first row
         origin = None
     if origin is not None:
         begins_at = int(origin["step"] or (resumed[0] if resumed else 0))

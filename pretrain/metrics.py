@@ -122,11 +122,13 @@ class WandbMirror:
     """
 
     def __init__(
-        self, folder: RunFolder, mode: Literal["offline", "online"], project: str, entity: str | None, config: Record
-    ) -> None:
-        """config: the run's resolved configuration, shown on W&B with what looks secret left out."""
+        self, folder: RunFolder, mode: Literal["offline", "online"], project: str, entity: str | None, config: Record,
+        group: str | None = None,
+    ) -> None:  # fmt: skip
+        """config: the run's resolved configuration, shown on W&B with what looks secret left out. group: of runs that
+        belong together there."""
         self._folder, self._mode = folder, mode
-        self._project, self._entity, self._config = project, entity, config
+        self._project, self._entity, self._group, self._config = project, entity, group, config
         self._queue: queue.SimpleQueue[tuple[str, Record] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True, name="wandb")
         self._id, self._online_now, self._leaving = "", False, False
@@ -250,8 +252,8 @@ class WandbMirror:
         known = {name: value for name, value in SETTINGS.items() if name in wandb.Settings.model_fields}
         run = wandb.init(
             project=self._project, entity=self._entity, id=self._id, name=self._folder.name, resume="allow",
-            dir=str(self._folder.path), mode=mode, config=without_secrets(self._config), allow_val_change=True,
-            settings=wandb.Settings(**known),
+            group=self._group, dir=str(self._folder.path), mode=mode, config=without_secrets(self._config),
+            allow_val_change=True, settings=wandb.Settings(**known),
         )  # fmt: skip
         run.define_metric("*", step_metric="step")
         return run

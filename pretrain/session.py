@@ -22,7 +22,7 @@ from pretrain.checkpoint_files import Checkpoint, newest_readable, open_files
 from pretrain.config import RunConfig, micro_rows, total_steps
 from pretrain.cost import cost_of, peak_flops
 from pretrain.engine import Engine, TorchEngine
-from pretrain.ensemble.combine import join
+from pretrain.ensemble.combine import begin_from_seed, join
 from pretrain.evaluate import HeldOut, evaluate
 from pretrain.faults import fault_point
 from pretrain.grown import Grown, new_part
@@ -132,9 +132,9 @@ class Session:
         own = self.store.newest_valid()
         found = own or self._branch_point()
         fresh = Place(0, 0, [(0, self._weights())], [])
-        modules = (self.folder.facts().get("from") or {}).get("modules")
-        if found is None and modules is not None:
-            self._join(modules)
+        origin = self.folder.facts().get("from")
+        if found is None and origin is not None:
+            self._begin_with(origin)
             return fresh
         if found is None:
             if self.ranks.first and self.attempt:
@@ -157,7 +157,7 @@ class Session:
     def _branch_point(self) -> Checkpoint | None:
         """The checkpoint of another run that this one branches from, if it does."""
         origin = self.folder.facts().get("from")
-        if origin is None or "modules" in origin:
+        if origin is None or "run" not in origin:
             return None
         other = RunFolder(Path(origin["run"]))
         found = newest_readable(other, origin["step"])
@@ -168,15 +168,16 @@ class Session:
             )
         return found
 
-    def _join(self, modules: Record) -> None:
-        """Begin an ensemble with the modules that were trained alone."""
-        model = build(self.config.model, self.dataset.tokenizer.vocab)
+    def _begin_with(self, origin: Record) -> None:
+        """Begin a new run with parts that others trained: an ensemble with its modules, a module with its seed."""
+        begin, parts = (join, origin["modules"]) if "modules" in origin else (begin_from_seed, origin["models"])
+        config, tokenizer = self.config, self.dataset.manifest.tokenizer
         fault_point("restore.begin", 0)
-        self.engine.load(join(modules, model, self.dataset.manifest.tokenizer.sha256, self.config.run.seed))
+        self.engine.load(begin(parts, config.model, tokenizer.vocab, tokenizer.sha256, config.run.seed))
         fault_point("restore.middle", 0)
         if self.ranks.first:
-            told = ", ".join(f"{name} ({origin['run']}, step {origin['step']})" for name, origin in modules.items())
-            self.folder.event("join", f"joined {told}", step=0)
+            told = ", ".join(f"{name} ({Path(of['run']).name}, step {of['step']})" for name, of in parts.items())
+            self.folder.event("join", f"begins with {told}", step=0)
 
     def _load(self, found: Checkpoint, may_grow: bool) -> None:
         """Take over a checkpoint's state. may_grow: a frozen model may train a part that the checkpoint lacks."""
@@ -289,11 +290,10 @@ class Session:
             figures=self.engine.model.figures,
         )
         mirror = None
-        if config.log.wandb != "off":
-            shown = config.model_dump(mode="json")
-            mirror = metrics.WandbMirror(
-                self.folder, config.log.wandb, config.log.wandb_project, config.log.wandb_entity, shown
-            )
+        log, shown = config.log, config.model_dump(mode="json")
+        if log.wandb != "off":
+            project, entity, group = log.wandb_project, log.wandb_entity, log.wandb_group
+            mirror = metrics.WandbMirror(self.folder, log.wandb, project, entity, shown, group)
             mirror.start()
         return Log(self.folder, meter, mirror)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from configs.errors import DONE
+from configs.errors import CANNOT_GO_ON, DONE
 from launcher.prepare import Prepared, make_ready, prepare, resolve
 from pretrain.ensemble.alone import module_run
 from pretrain.health import Heartbeat
@@ -67,3 +67,26 @@ def train_joined(config: Path, *words: str, branch: tuple[str, ...] | None = Non
     """The joint run, from its modules' runs."""
     origin = tuple(f"{name}=duo-{name}" for name in MODULES) if branch is None else branch
     return trained(prepare([config], words, ranks=None, branch=origin, allow=[]))
+
+
+class Here:
+    """Stands where supervisors are: trains within this process. ends: exit codes of runs that do not end well."""
+
+    def __init__(self) -> None:
+        self.trained: list[str] = []
+        self.ends: dict[str, int] = {}
+
+    def train(self, supervisors, runs, side_by_side=1, begins=lambda run: None):
+        codes = {}
+        for run in runs:
+            begins(run)
+            self.trained.append(run.folder.name)
+            code = self.ends.get(run.folder.name, DONE)
+            if code == DONE:
+                trained(run)
+            elif code == CANNOT_GO_ON:
+                run.folder.event("stop", "stopped: the loss is not finite; lower optim.lr", code=code, step=0)
+            codes[run.folder.name] = code
+            if code != DONE:
+                break
+        return codes

@@ -126,6 +126,7 @@ def test_every_file_and_public_thing_says_what_it_is(path):
         "stream",
         "training_outputs",
         "segments",
+        "as_expert",
     }
     of_models = {"logits", "decode", "recompute", "begin_step"}
     engines = {"step", "evaluate", "state", "load"}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from configs.schema import Config as Options
 from configs.schema import key
-from pretrain.channel import ChannelMixer, register
+from pretrain.channel import AsExpert, ChannelMixer, register
 from pretrain.init import linear, residual
 from pretrain.layout import Layout
 from pretrain.mixer import Site
@@ -25,7 +25,7 @@ class Mlp(ChannelMixer):
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__()
         hidden = round(config.mult * site.width)
-        self.activation = ACTIVATIONS[config.activation]
+        self.config, self.activation = config, ACTIVATIONS[config.activation]
         self.up = linear(site.width, hidden, bias=site.bias)
         self.down = residual(hidden, site.width, site.depth, bias=site.bias)
 
@@ -34,3 +34,7 @@ class Mlp(ChannelMixer):
 
     def flops_per_token(self) -> int:
         return 2 * (self.up.weight.numel() + self.down.weight.numel())
+
+    def as_expert(self) -> AsExpert:
+        names = {"up": "up.weight", "down": "down.weight", "up_bias": "up.bias", "down_bias": "down.bias"}
+        return AsExpert({"mult": self.config.mult, "activation": self.config.activation}, names)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from configs.schema import Config as Options
 from configs.schema import key
-from pretrain.channel import ChannelMixer, register
+from pretrain.channel import AsExpert, ChannelMixer, register
 from pretrain.init import linear, residual
 from pretrain.layout import Layout
 from pretrain.mixer import Site
@@ -21,6 +21,7 @@ class Config(Options):
 class SwiGlu(ChannelMixer):
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__()
+        self.mult = config.mult
         self.hidden = round(config.mult * site.width)
         self.gate_up = linear(site.width, 2 * self.hidden, bias=site.bias)
         self.down = residual(self.hidden, site.width, site.depth, bias=site.bias)
@@ -31,3 +32,7 @@ class SwiGlu(ChannelMixer):
 
     def flops_per_token(self) -> int:
         return 2 * (self.gate_up.weight.numel() + self.down.weight.numel())
+
+    def as_expert(self) -> AsExpert:
+        names = {"up": "gate_up.weight", "down": "down.weight", "up_bias": "gate_up.bias", "down_bias": "down.bias"}
+        return AsExpert({"mult": self.mult, "activation": "swiglu"}, names)

@@ -1,4 +1,4 @@
-"""The run that trains one module of an ensemble alone, derived from the configuration of the whole."""
+"""The runs that train an ensemble's parts before they are joined, derived from the configuration of the whole."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 from configs.errors import ConfigError
 from data_pipeline.config import SourceConfig
-from pretrain.config import RUN_NAME, RunConfig
+from pretrain.config import RUN_NAME, ModelConfig, RunConfig
 from pretrain.ensemble.config import EnsembleConfig, ModulesConfig, remaining
 
+SEED = "seed"
 _DIGITS = 4
 """Of a source's weight: they become whole numbers, which must not grow large."""
 
@@ -20,22 +21,50 @@ def module_run(config: RunConfig, module: str) -> RunConfig:
     What only the joint run needs (the fusion, its losses) is left out, so that another fusion finds the same modules.
     Raises ConfigError where no source of text is for this module, or its name makes none for a run.
     """
-    ensemble, modules, name = config.model.ensemble, config.modules, f"{config.run.name}-{module}"
+    alone = _before_joining(config, module, module_model(config.model, module), config.modules.steps)
+    data = config.data.model_copy(update={"sources": _sources(config, module)})
+    return alone.model_copy(update={"data": data})
+
+
+def module_model(model: ModelConfig, module: str) -> ModelConfig:
+    """One module of an ensemble, as it is trained alone."""
+    whole = model.ensemble
+    alone = EnsembleConfig(
+        modules=(module,), couple_every=whole.couple_every, couple_heads=whole.couple_heads,
+        couple_lags=whole.couple_lags, alone_loss=whole.alone_loss,
+    )  # fmt: skip
+    return model.model_copy(update={"ensemble": alone})
+
+
+def seed_run(config: RunConfig) -> RunConfig:
+    """The run `NAME-seed` of a single model; every module's models begin from its checkpoints, the end and the half."""
+    if SEED in config.model.ensemble.modules:
+        raise ConfigError(f"a module is called {SEED}, as the run of the seed would be; give it another name")
+    steps = config.modules.seed_steps
+    alone = _before_joining(config, SEED, seed_model(config.model), steps)
+    every = config.checkpoint.every if steps // 2 % config.checkpoint.every == 0 else steps // 2
+    checkpoint = config.checkpoint.model_copy(update={"every": every, "keep_every": steps // 2})
+    return alone.model_copy(update={"checkpoint": checkpoint})
+
+
+def seed_model(model: ModelConfig) -> ModelConfig:
+    """A single model of the shape that each of an ensemble's has."""
+    return model.model_copy(update={"ensemble": EnsembleConfig()})
+
+
+def _before_joining(config: RunConfig, part: str, model: ModelConfig, steps: int) -> RunConfig:
+    """The run `NAME-PART` that trains a part of an ensemble. Raises ConfigError where that is no name for a run."""
+    name = f"{config.run.name}-{part}"
     if not re.match(RUN_NAME, name):
         raise ConfigError(
-            f"the run of the module {module} would be called {name!r}, which is too long or no plain name; give a"
-            " shorter run.name, or the module another name"
+            f"the run of {part} would be called {name!r}, which is too long or no plain name; give a shorter run.name,"
+            " or the module another name"
         )
-    alone = EnsembleConfig(
-        modules=(module,), couple_every=ensemble.couple_every, couple_heads=ensemble.couple_heads,
-        couple_lags=ensemble.couple_lags, alone_loss=ensemble.alone_loss,
-    )  # fmt: skip
     parts = {
         "run": config.run.model_copy(update={"name": name}),
-        "data": config.data.model_copy(update={"sources": _sources(config, module)}),
-        "model": config.model.model_copy(update={"ensemble": alone}),
-        "optim": config.optim.model_copy(update={"lr": modules.lr or config.optim.lr}),
-        "train": config.train.model_copy(update={"steps": modules.steps, "tokens": None}),
+        "model": model,
+        "optim": config.optim.model_copy(update={"lr": config.modules.lr or config.optim.lr}),
+        "train": config.train.model_copy(update={"steps": steps, "tokens": None}),
         "modules": ModulesConfig(),
     }
     return config.model_copy(update=parts)

@@ -1,7 +1,7 @@
-"""One ensemble out of modules that were trained alone: the state that its joint training begins with.
+"""States that begin with what other runs trained: modules with a seed, ensembles and mixtures with their modules.
 
-Every parameter that a module's checkpoint holds is read from there under the same name; all others (the fusion) have
-their declared first values. The joint training is a new one: no moments, no updates, the first row of the data.
+Every parameter is read from where it was trained, or is the mean of several, or has its declared first value where
+nobody trained it. It is a new run: no moments, no updates, the first row of the data.
 """
 
 from __future__ import annotations
@@ -15,69 +15,119 @@ from torch import Tensor, nn
 
 from configs.errors import ConfigError, DataError
 from pretrain.checkpoint_files import CheckpointFiles, newest_readable, open_files
-from pretrain.engine import PARAM
-from pretrain.ensemble.pairs import FIRST, SECOND
+from pretrain.config import ModelConfig
+from pretrain.engine import PARAM, FragmentReader
+from pretrain.ensemble.alone import module_model, seed_model
+from pretrain.ensemble.config import FIRST, SECOND
+from pretrain.ensemble.mixture import as_expert
 from pretrain.init import first_values
-from pretrain.member_names import stacked_names
+from pretrain.member_names import Stacked, StackedReader, numel, stacked_names
+from pretrain.models.build import build
 from pretrain.run_folder import Record, RunFolder
 
 Shapes = Mapping[str, tuple[int, ...]]
+Places = dict[str, list[tuple[CheckpointFiles, str]]]
+"""Where a parameter is read from: files, and its name there."""
 
 
-class Joined:
-    """Reads an ensemble's state out of its modules' checkpoints. model: the ensemble, without memory."""
+class Gathered:
+    """Reads a new run's state out of others' checkpoints, by the names that its own checkpoints will have.
+
+    model: without memory. stacked: its stacked parameters, and what their parts are called.
+    """
 
     updates = 0
 
-    def __init__(self, files: Mapping[str, CheckpointFiles], model: nn.Module, seed: int) -> None:
-        self._owners = {name: of for module, of in files.items() for name in _of_module(module, of.shapes)}
-        members = stacked_names(model)
-        saved_as = {name: members.get(name, [name]) for name in model.state_dict()}
-        fresh = [name for name, parts in saved_as.items() if parts[0] not in self._owners]
+    def __init__(self, places: Places, model: nn.Module, stacked: Stacked, seed: int) -> None:
+        self._places = places
+        named = {name: stacked.get(name, [name]) for name in model.state_dict()}
+        fresh = [name for name, parts in named.items() if parts[0] not in places]
         self._first: dict[str, Tensor] = {}
         for name, value in first_values(model, seed, fresh).items():
-            parts = value if name in members else [value]
-            self._first |= {part: own.flatten() for part, own in zip(saved_as[name], parts)}
+            parts = value if name in stacked else [value]
+            self._first |= {part: own.flatten() for part, own in zip(named[name], parts)}
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:
-        """As a `FragmentReader`, of members' own names."""
+        """As a `FragmentReader`."""
         if kind != PARAM:
             return torch.zeros(stop - start)
-        if name in self._owners:
-            return self._owners[name].read(name, kind, start, stop)
-        return self._first[name][start:stop]
+        if name in self._first:
+            return self._first[name][start:stop]
+        read = [files.read(there, PARAM, start, stop) for files, there in self._places[name]]
+        return read[0] if len(read) == 1 else torch.stack(read).mean(0)
 
 
-def join(modules: Mapping[str, Record], model: nn.Module, tokenizer_sha256: str, seed: int) -> Joined:
-    """The state that joint training begins with.
+def join(modules: Mapping[str, Record], config: ModelConfig, vocab: int, tokenizer: str, seed: int) -> FragmentReader:
+    """The state that an ensemble's joint training begins with.
 
-    modules: {"run", "step"} of each module. model: the ensemble, without memory. Raises DataError for a checkpoint that
-    is missing, damaged or of another tokenizer, ConfigError for a module of another shape.
+    modules: {"run", "step"} of each. tokenizer: its sha256. Raises DataError for a checkpoint that is missing, damaged
+    or of another tokenizer, ConfigError for a module of another shape, or of another seed where models are averaged.
     """
-    shapes = own_shapes(model)
     files = {}
     for name, origin in modules.items():
-        found = newest_readable(RunFolder(Path(origin["run"])), origin["step"])
-        where = f"the module {name} ({found.path})"
-        theirs = found.facts["data"]["tokenizer"]
-        if theirs != tokenizer_sha256:
-            raise DataError(
-                f"{where} was trained with another tokenizer: {theirs[:12]}…, expected {tokenizer_sha256[:12]}… as the"
-                " shards here have; join modules of one tokenizer"
-            )
-        files[name] = open_files(found)
-        _check_shapes(where, name, _of_module(name, files[name].shapes), _of_module(name, shapes))
-    return Joined(files, model, seed)
+        where, files[name] = _opened(f"the module {name}", origin, tokenizer)
+        expected = own_shapes(build(module_model(config, name), vocab))
+        _check_shapes(where, _of_module(name, files[name].shapes), expected)
+    model = build(config, vocab)
+    if config.ensemble.fusion == "btx":
+        _check_one_seed(modules)
+        return _mixed(files, config, model, seed)
+    places: Places = {n: [(of, n)] for name, of in files.items() for n in _of_module(name, of.shapes)}
+    return Gathered(places, model, stacked_names(model), seed)
+
+
+def begin_from_seed(
+    models: Mapping[str, Record], config: ModelConfig, vocab: int, tokenizer: str, seed: int
+) -> FragmentReader:
+    """The state that a module begins with whose models have a seed. models: {"run", "step"} of each, as MODULE.a."""
+    places: Places = {}
+    for member, origin in models.items():
+        where, files = _opened(f"the seed of {member}", origin, tokenizer)
+        _check_shapes(where, files.shapes, own_shapes(build(seed_model(config), vocab)))
+        places |= {f"modules.{member}.{_in_pair(name)}": [(files, name)] for name in files.shapes}
+    model = build(config, vocab)
+    return Gathered(places, model, stacked_names(model), seed)
 
 
 def own_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Of every parameter by the names that checkpoints have."""
-    members = stacked_names(model)
-    out: dict[str, tuple[int, ...]] = {}
+    members, out = stacked_names(model), dict[str, tuple[int, ...]]()
     for name, value in model.state_dict().items():
         shape = tuple(value.shape)
         out |= dict.fromkeys(members[name], shape[1:]) if name in members else {name: shape}
     return out
+
+
+def _mixed(files: Mapping[str, CheckpointFiles], config: ModelConfig, model: nn.Module, seed: int) -> FragmentReader:
+    """A mixture of experts out of modules: feed-forwards side by side, a fresh router, the mean of all else."""
+    models = [(of, f"modules.{name}.{which}.") for name, of in files.items() for which in (FIRST, SECOND)]
+    own, places, stacked, sizes = as_expert(config).names, Places(), Stacked(), {}
+    for name, value in model.state_dict().items():
+        expert = re.fullmatch(r"(blocks\.\d+\.channel)\.experts\.(\w+)", name)
+        if expert is not None:
+            there = _in_pair(f"{expert[1]}.{own[expert[2]]}")
+            stacked[name], sizes[name] = [prefix + name for _, prefix in models], numel(tuple(value.shape[1:]))
+            places |= {prefix + name: [(of, prefix + there)] for of, prefix in models}
+        elif ".channel." not in name:
+            places[name] = [(of, prefix + _in_pair(name)) for of, prefix in models]
+    return StackedReader(Gathered(places, model, stacked, seed), stacked, sizes)
+
+
+def _in_pair(name: str) -> str:
+    """What a single model's parameter is called in a pair."""
+    return "models." + re.sub(r"^blocks\.(\d+)\.", r"layers.\1.blocks.", name)
+
+
+def _opened(what: str, origin: Record, tokenizer: str) -> tuple[str, CheckpointFiles]:
+    """A verified checkpoint of the same tokenizer, and what to call it in a message."""
+    found = newest_readable(RunFolder(Path(origin["run"])), origin["step"])
+    where, theirs = f"{what} ({found.path})", found.facts["data"]["tokenizer"]
+    if theirs != tokenizer:
+        raise DataError(
+            f"{where} was trained with another tokenizer: {theirs[:12]}…, expected {tokenizer[:12]}… as the shards here"
+            " have; join what has one tokenizer"
+        )
+    return where, open_files(found)
 
 
 def _of_module(module: str, shapes: Shapes) -> Shapes:
@@ -86,10 +136,10 @@ def _of_module(module: str, shapes: Shapes) -> Shapes:
     return {name: shape for name, shape in shapes.items() if name.startswith(models)}
 
 
-def _check_shapes(where: str, module: str, theirs: Shapes, mine: Shapes) -> None:
-    """Say in what a module differs from what the ensemble is made for."""
-    if not theirs:
-        raise ConfigError(f"{where} holds no module of that name; name a run that trained {module}")
+def _check_shapes(where: str, theirs: Shapes, mine: Shapes) -> None:
+    """Say in what a part differs from what it is to be a part of."""
+    if not set(mine) & set(theirs):
+        raise ConfigError(f"{where} holds nothing of that name; name a run that trained it")
     found, expected = _sizes(theirs), _sizes(mine)
     sizes = [(name, found[name], expected[name]) for name in expected]
     of_each = [(name, theirs.get(name, "absent"), mine.get(name, "absent")) for name in {**mine, **theirs}]
@@ -100,6 +150,19 @@ def _check_shapes(where: str, module: str, theirs: Shapes, mine: Shapes) -> None
 
 def _sizes(shapes: Shapes) -> dict[str, int]:
     """What a model is called by, out of its parameters' shapes."""
-    vocabulary, width = next(shape for name, shape in shapes.items() if name.endswith(".embed.weight"))
-    layers = {found[1] for name in shapes if (found := re.search(r"\.layers\.(\d+)\.", name))}
+    vocabulary, width = next(shape for name, shape in shapes.items() if name.endswith("embed.weight"))
+    layers = {found[1] for name in shapes if (found := re.search(r"(?:layers|blocks)\.(\d+)\.", name))}
     return {"vocabulary": vocabulary, "width": width, "depth": len(layers)}
+
+
+def _check_one_seed(modules: Mapping[str, Record]) -> None:
+    seeds = {}
+    for name, origin in modules.items():
+        models = RunFolder(Path(origin["run"])).facts().get("from", {}).get("models", {})
+        seeds[name] = next((model["run"] for model in models.values()), "nothing")
+    if len(set(seeds.values())) > 1 or "nothing" in seeds.values():
+        told = ", ".join(f"{name} began from {seed}" for name, seed in seeds.items())
+        raise ConfigError(
+            f"fusion btx averages models, which must have begun from one seed, but {told}; set modules.seed_steps and"
+            " train the modules anew with `leviathan ensemble`"
+        )

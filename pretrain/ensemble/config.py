@@ -10,7 +10,10 @@ from pydantic import model_validator
 from configs.errors import UsageError
 from configs.schema import Config, key
 
-Fusion = Literal["none", "mhc", "posterior", "uniform"]
+FIRST, SECOND = "a", "b"
+"""A module's two models."""
+
+Fusion = Literal["none", "mhc", "posterior", "uniform", "btx"]
 
 
 class EnsembleConfig(Config):
@@ -21,11 +24,14 @@ class EnsembleConfig(Config):
     couple_heads: int = key(4, "match", "heads of a coupling", gt=0)
     couple_lags: int = key(4, "match", "lags of a coupling's correlation", gt=0)
     alone_loss: float = key(0.3, "record", "weight of each model's own loss while a module is trained alone", ge=0)
-    fusion: Fusion = key("none", "match", "how modules are combined; `none` is for one module alone")
+    fusion: Fusion = key(
+        "none", "match",
+        "how modules are combined; `none` is for one module alone, `btx` makes all models one mixture of experts",
+    )  # fmt: skip
     width: int = key(64, "match", "of `mhc`: width of the fusion", gt=0)
     heads: int = key(4, "match", "of `mhc`: heads of the fusion", gt=0)
     lags: int = key(4, "match", "of `mhc`: lags of the fusion's correlation", gt=0)
-    top: int = key(2, "match", "of `mhc`: modules kept for each token, the most relevant", gt=0)
+    top: int = key(2, "match", "of `mhc`: modules kept for each token; of `btx`: experts that read it", gt=0)
     memory: float = key(1.0, "match", "of `posterior`: share of the evidence left a token later", gt=0, le=1)
     freeze: Literal["modules", "embeddings", "none"] = key("none", "match", "what is not trained")
     domains: dict[str, str] = key({}, "match", "source of data: module it is for; empty: modules named as sources")
@@ -44,9 +50,15 @@ class EnsembleConfig(Config):
         if bad:
             raise ValueError(f"calls a module {bad[0]!r}; use letters, digits, - and _, not a digit first")
         if len(self.modules) > 1 and self.fusion == "none":
-            raise ValueError(f"has {len(self.modules)} modules but fusion none; choose mhc, posterior or uniform")
+            raise ValueError(f"has {len(self.modules)} modules but fusion none; choose mhc, posterior, uniform or btx")
         if self.fusion == "mhc" and self.top > len(self.modules):
             raise ValueError(f"keeps the top {self.top} of {len(self.modules)} modules; set top to at most that")
+        if self.fusion == "btx" and self.top > 2 * len(self.modules):
+            raise ValueError(
+                f"has a token read by {self.top} of {2 * len(self.modules)} experts; set top to at most that"
+            )
+        if self.fusion == "btx" and self.freeze != "none":
+            raise ValueError(f"freezes {self.freeze}, which fusion btx makes parts of one model; set freeze to none")
         if self.fusion == "mhc" and self.width % self.heads:
             raise ValueError(f"has a fusion of width {self.width} for {self.heads} heads; make it a multiple")
         lost = sorted(set(self.domains.values()) - set(self.modules))
@@ -60,6 +72,10 @@ class EnsembleConfig(Config):
 class ModulesConfig(Config):
     """How each module of an ensemble is trained alone, by `leviathan ensemble`, before all are joined."""
 
+    seed_steps: int = key(
+        0, "record", "even steps of a single model, on all text, that every module's models begin from; 0: none",
+        ge=0, multiple_of=2,
+    )  # fmt: skip
     steps: int = key(250, "record", "steps of each module alone", gt=0)
     lr: float | None = key(None, "record", "highest learning rate of a module alone; empty: optim.lr", gt=0)
     shared_fraction: float = key(

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.block import make_block, site_of
 from pretrain.channel import Aux
 from pretrain.config import ModelConfig
+from pretrain.ensemble.config import FIRST, SECOND
 from pretrain.ensemble.coupling import Coupling
 from pretrain.init import embedding, linear
 from pretrain.layout import Layout
@@ -22,8 +23,6 @@ from pretrain.members import Members, MemberTables
 from pretrain.mixer import State
 from pretrain.norms import make_norm
 from pretrain.wrap import Shift
-
-FIRST, SECOND = "a", "b"
 
 
 class LayerState(NamedTuple):

@@ -19,7 +19,7 @@ from launcher.texts import evaluate_run
 from launcher.why import why
 from pretrain.run_folder import RunFolder, read_lines
 from tests.conftest import events, losses
-from tests.small_ensemble import ALONE_STEPS, MODULES, STEPS, trained, write_ensemble
+from tests.small_ensemble import ALONE_STEPS, MODULES, STEPS, Here, trained, write_ensemble
 
 ALL = ["duo-letters", "duo-lists", "duo"]
 
@@ -27,29 +27,6 @@ ALL = ["duo-letters", "duo-lists", "duo"]
 @pytest.fixture
 def config(shards: Path, corpus: Path, tmp_path: Path) -> Path:
     return write_ensemble(tmp_path, shards, corpus)
-
-
-class Here:
-    """Stands where supervisors are: trains within this process. ends: exit codes of runs that do not end well."""
-
-    def __init__(self) -> None:
-        self.trained: list[str] = []
-        self.ends: dict[str, int] = {}
-
-    def train(self, supervisors, runs, side_by_side=1, begins=lambda run: None):
-        codes = {}
-        for run in runs:
-            begins(run)
-            self.trained.append(run.folder.name)
-            code = self.ends.get(run.folder.name, DONE)
-            if code == DONE:
-                trained(run)
-            elif code == CANNOT_GO_ON:
-                run.folder.event("stop", "stopped: the loss is not finite; lower optim.lr", code=code, step=0)
-            codes[run.folder.name] = code
-            if code != DONE:
-                break
-        return codes
 
 
 @pytest.fixture
@@ -126,6 +103,13 @@ def test_a_name_made_of_the_files_content_is_the_same_without_a_module(config, h
     assert here.trained == [f"{joint}-letters", joint]
     plan = ensemble._plan([str(config)], [], None, ())
     assert plan.folder.name == joint
+
+
+def test_on_weights_and_biases_the_runs_of_an_ensemble_are_one_group(config):
+    plan = ensemble._plan([str(config)], [], None, ())
+    assert plan.config.log.wandb_group == plan.alone["lists"].log.wandb_group == "duo"
+    plan = ensemble._plan([str(config)], ["log.wandb_group=mine"], None, ())
+    assert plan.alone["lists"].log.wandb_group == "mine"
 
 
 def test_modules_of_another_configuration_are_not_taken_for_these(config, here):

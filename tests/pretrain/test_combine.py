@@ -12,9 +12,9 @@ import torch
 from configs.errors import ConfigError, DataError, UsageError
 from launcher.prepare import prepare, resolve
 from pretrain.checkpoint_files import MANIFEST, newest_readable, open_files, own_hash
-from pretrain.engine import PARAM
+from pretrain.engine import PARAM, FragmentReader
 from pretrain.ensemble.alone import module_run, without_modules
-from pretrain.ensemble.combine import Joined, join
+from pretrain.ensemble.combine import join
 from pretrain.init import initialise
 from pretrain.layout import Layout
 from pretrain.member_names import stacked_names
@@ -55,11 +55,10 @@ def origins(place: Path) -> dict[str, dict]:
     return {name: {"run": str(run_of(place, f"duo-{name}").path), "step": ALONE_STEPS} for name in MODULES}
 
 
-def joined(place: Path) -> tuple[Joined, torch.nn.Module]:
+def joined(place: Path) -> tuple[FragmentReader, torch.nn.Module]:
     config, _ = resolve([place / "duo.yaml"], [])
-    model = build(config.model, VOCAB)
     tokenizer = run_of(place).facts()["tokenizer_sha256"]
-    return join(origins(place), model, tokenizer, seed=0), model
+    return join(origins(place), config.model, VOCAB, tokenizer, seed=0), build(config.model, VOCAB)
 
 
 # ---- what a module alone is
@@ -129,7 +128,7 @@ def test_joint_training_begins_anew_and_says_from_what(place):
     run = run_of(place)
     assert sorted(losses(run)) == list(range(1, STEPS + 1))
     (told,) = events(run, "join")
-    assert told == "joined " + ", ".join(f"{m} ({o['run']}, step {ALONE_STEPS})" for m, o in origins(place).items())
+    assert told == "begins with " + ", ".join(f"{module} (duo-{module}, step {ALONE_STEPS})" for module in MODULES)
     assert newest_readable(run).facts["data"]["rows"] == 8 * STEPS
     assert open_files(newest_readable(run)).updates == STEPS
 
@@ -213,7 +212,10 @@ def test_words_of_from_that_make_no_sense_are_told(config):
         ),
         (("letters=duo-letters", "duo-lists"), "--from duo-lists names no module"),
         (("duo", "duo-lists"), "--from is given 2 times, but a run has one origin"),
-        (("letters=duo-letters", "lists=duo-letters"), r"holds no module of that name; name a run that trained lists"),
+        (
+            ("letters=duo-letters", "lists=duo-letters"),
+            r"lists .* holds nothing of that name; name a run that",
+        ),
     ):
         with pytest.raises(ConfigError, match=told):
             train_joined(config, "run.name=other", branch=branch)
