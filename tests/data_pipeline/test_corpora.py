@@ -408,6 +408,7 @@ def extended(record: bytes) -> bytes:
         (header(b"noname") + BODY + END, ["'noname' is neither"]),
         (header(b"../../x\x1b[2J.pickle") + BODY + END, [r"x\x1b[2J.pickle"]),
     ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
 )  # fmt: skip
 def test_a_tar_with_anything_but_plain_text_is_refused(
     tmp_path: Path, says: Any, content: bytes, words: list[str]
