@@ -99,7 +99,8 @@ def check_run(files: Sequence[str], words: Sequence[str], ranks: int | None) -> 
         terminal.print(told(f"not ready: {len(found.problems)} {_plural(len(found.problems), 'problem')}", "bold red"))
         found.raise_problems()
     extra = f" --ranks {ranks}" if ranks is not None else ""
-    ready = f"ready: leviathan train {' '.join([*files, *words])}{extra}"
+    verb = "ensemble" if len(config.model.ensemble.modules) > 1 else "train"
+    ready = f"ready: leviathan {verb} {' '.join([*files, *words])}{extra}"
     terminal.print(told(ready, "bold green"), soft_wrap=True)
 
 
@@ -127,7 +128,10 @@ def _about_model(config: RunConfig, model: Model) -> Table:
     table = make_facts("model")
     table.add_row("parameters", f"{cost.parameters:,} ({cost.embedding_parameters:,} of them in embeddings)")
     table.add_row("shape", f"width {shape.width}, rows of {shape.length:,} tokens, vocabulary {model.vocab:,}")
-    if any(isinstance(module, TokenMixer) for module in model.modules()):
+    modules = shape.ensemble.modules
+    if modules:
+        table.add_row("modules", f"{', '.join(modules)}: two models each, fusion {shape.ensemble.fusion}")
+    if modules or any(isinstance(module, TokenMixer) for module in model.modules()):
         table.add_row("blocks", f"{_runs(blocks)}; channel mixer {shape.channel.name}, {shape.norm}, {shape.positions}")
     again = f", run {shape.wrap.passes} times" if shape.wrap.passes > 1 else ""
     table.add_row("stack", f"{shape.stack.name}{again}")

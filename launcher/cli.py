@@ -17,7 +17,7 @@ app = typer.Typer(
     add_completion=False,
     invoke_without_command=True,
     help="Pretrain attention alternatives: proved causal, compared fairly, resumed to the bit.",
-    epilog="Begin with: leviathan data build demo; leviathan check demo; leviathan train demo",
+    epilog="Begin with: leviathan data build demo; leviathan check demo; leviathan ensemble demo",
     pretty_exceptions_enable=False,
 )
 data = typer.Typer(invoke_without_command=True, help="Build shards, check them, look into them, ask what a step read.")

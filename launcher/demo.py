@@ -1,7 +1,8 @@
-"""`make demo`: text to a trained model on this machine, a rank killed on the way, and the proof that it cost nothing.
+"""`make demo`: text to a trained ensemble on this machine, a rank killed on the way, the proof that it cost nothing.
 
-Every part is the command a user would type; between them this only tells what happens. The control is the same run,
-all its steps, with nothing happening to it: every loss and every byte of the final state are compared.
+Every part is the command a user would type; between them this only tells what happens. Four modules are trained alone
+and joined; the control joins the same modules and trains them with nothing happening to it: every loss and every byte
+of the final state are compared.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from rich.rule import Rule
 from configs.errors import LeviathanError
 from launcher.prepare import resolve
 from pretrain.config import total_steps
-from pretrain.run_folder import RunFolder
+from pretrain.run_folder import RunFolder, read_lines
 
 OUT = Path("demo-out")
 PROMPT = "def "
+PICTURE = Path("relevance.png")
+LATER = 7
+"""Steps beyond those that a module alone is trained: only the joint run comes so far, and not to a checkpoint."""
 CONFIG = "demo"
 
 
@@ -37,18 +41,19 @@ def main() -> int:
     OUT.mkdir(exist_ok=True)
     os.chdir(OUT)
     shutil.rmtree("runs", ignore_errors=True)
-    config, launch = resolve([CONFIG], [])
-    steps = total_steps(config)
-    kill_at = steps // 2 + 7  # not at a checkpoint: some steps are done again
+    config, _ = resolve([CONFIG], [])
+    steps, modules = total_steps(config), config.model.ensemble.modules
+    kill_at = config.modules.steps + LATER
     try:
         _part(screen, "1. four kinds of text become shards", "data", "build", CONFIG)
-        _part(screen, f"2. train on {launch.ranks} DeepSpeed ranks; rank 1 is killed at step {kill_at} (SIGKILL)",
-              "train", CONFIG, env={"LEVIATHAN_FAULT": f"step.before_update:1:{kill_at - 1}"})  # fmt: skip
-        _part(screen, "3. the control: the same run with nothing happening to it",
-              "train", CONFIG, "run.name=control", "log.wandb=off")  # fmt: skip
+        _part(screen, f"2. four modules alone, then joined; at step {kill_at} of that rank 1 is killed (SIGKILL)",
+              "ensemble", CONFIG, env={"LEVIATHAN_FAULT": f"step.before_update:1:{kill_at - 1}"})  # fmt: skip
+        _part(screen, "3. the control: the same modules joined, with nothing happening", "train", CONFIG,
+              "run.name=control", "log.wandb=off", *(f"--from={name}=demo-{name}" for name in modules))  # fmt: skip
         killed = RunFolder(Path("runs/demo"))
         _prove(screen, killed, RunFolder(Path("runs/control")), steps)
-        _part(screen, "4. how good it is on text it never saw", "eval", "demo")
+        _part(screen, "4. how good it is on text it never saw, by module", "eval", "demo", "--rows", "64")
+        _draw(killed)
         text = _part(screen, "5. what it writes", "generate", "demo", "--prompt", PROMPT, "--tokens", "300",
                      "--temperature", "0.8", "--seed", "1", keep=True)  # fmt: skip
         killed.event("sample", "what it writes", prompt=PROMPT, text=text.removeprefix(PROMPT), step=steps)
@@ -58,7 +63,9 @@ def main() -> int:
         return error.exit_code
     screen.print(Rule())
     minutes = (time.monotonic() - began) / 60
-    screen.print(f"done in {minutes:.1f} minutes. Look at [bold]{(Path.cwd() / 'report.html')}[/bold]")
+    screen.print(
+        f"done in {minutes:.1f} minutes. Look at [bold]{Path.cwd() / 'report.html'}[/bold] and [bold]{PICTURE}[/bold]"
+    )
     return 0
 
 
@@ -102,6 +109,15 @@ def _prove(screen: Console, killed: RunFolder, control: RunFolder, steps: int) -
     killed.event("proof", proof)
     screen.print()
     screen.print(f"[bold green]{proof}[/bold green]")
+
+
+def _draw(run: RunFolder) -> None:
+    """Relevance of each module to each kind of text, as the newest evaluation has it."""
+    from pretrain.ensemble.relevance import judged
+    from pretrain.plots import relevance_png
+
+    *_, newest = read_lines(run.evals)
+    PICTURE.write_bytes(relevance_png(judged(newest)))
 
 
 def _final_state(run: RunFolder, steps: int) -> list[str]:

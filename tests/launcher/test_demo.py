@@ -15,8 +15,10 @@ import pytest
 from rich.console import Console
 
 from launcher import demo
+from launcher.prepare import resolve
 from pretrain.checkpoint_files import MANIFEST, own_hash, verify
-from pretrain.run_folder import RunFolder, read_lines, step_name
+from pretrain.config import total_steps
+from pretrain.run_folder import RunFolder, append_line, read_lines, step_name
 from tests.small_run import small_config, train_small
 
 STEPS = 12
@@ -116,6 +118,26 @@ def refused(killed: RunFolder, control: RunFolder, sentence: str) -> None:
     assert str(told.value).startswith(sentence)
     assert told.value.exit_code == 1
     assert not [event for event in killed.history() if event["event"] == "proof"]
+
+
+def test_the_demo_kills_a_rank_where_only_the_joint_run_comes_to():
+    config, launch = resolve([demo.CONFIG], [])
+    assert config.modules.steps < config.modules.steps + demo.LATER < total_steps(config)
+    assert (config.modules.steps + demo.LATER) % config.checkpoint.every, "some steps are done again"
+    assert set(config.model.ensemble.modules) == set(config.data.sources)
+    assert launch.ranks == 2
+
+
+def test_the_picture_is_of_the_newest_evaluation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run, pictures = RunFolder(tmp_path), []
+    for share in (0.25, 0.75):
+        of_python = {"relevance": {"python": share, "cpp": 1 - share}, "loss": {"python": 2.0, "cpp": 3.0}}
+        append_line(run.evals, {"step": 1, "sources": {"python": {}}, "model": {"python": of_python}})
+        demo._draw(run)
+        pictures.append((tmp_path / "relevance.png").read_bytes())
+    assert pictures[0].startswith(b"\x89PNG")
+    assert pictures[0] != pictures[1]
 
 
 def test_a_part_that_fails_ends_the_demo(capfd):

@@ -10,6 +10,7 @@ import pytest
 
 from configs.errors import CANNOT_GO_ON, DONE, INTERRUPTED, PREEMPTED, ConfigError, UsageError
 from launcher import ensemble, several
+from launcher.check import check_run
 from launcher.ensemble import train_ensemble
 from launcher.prepare import Prepared, make_ready, resolve
 from launcher.runs import state_of
@@ -141,6 +142,13 @@ def test_without_heldout_text_there_is_no_table_and_no_failure(config, here, cap
 
 
 # ---- what other verbs say
+
+
+def test_a_check_names_the_modules_and_the_command(config, capsys):
+    check_run([str(config)], [], None)
+    out = capsys.readouterr().out
+    assert "letters, lists: two models each, fusion mhc" in out
+    assert out.splitlines()[-1] == f"ready: leviathan ensemble {config}"
 
 
 def test_figures_without_a_module_say_so_and_are_kept_apart(config, here, capsys):

@@ -139,6 +139,7 @@ def test_its_yaml_is_laid_over_a_configuration(here, shards, corpus):
     config, _ = resolve([small_config(here / "base", shards, corpus), "my_own.yaml"], [])
     (part,) = config.model.mixers
     assert (part.name, part.file) == ("my_own", "my_own.py")
+    assert (config.model.width, config.train.steps) == (96, 300)
 
 
 @pytest.mark.parametrize("suffix", [".py", ".yaml"])
