@@ -72,6 +72,7 @@ def example(tmp_path_factory):
 
 
 @pytest.mark.parametrize("promise", PROMISES, ids=[promise.name for promise in PROMISES])
+@pytest.mark.timeout(400)  # it is a loop over time, and growth is counted up to 4,096 tokens
 def test_the_example_mixer_keeps_every_promise(example, promise):
     assert verdict(promise, Candidate("ema", file=str(example))).kept
 
