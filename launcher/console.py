@@ -34,7 +34,8 @@ RATE_WINDOW_S = 120.0
 STYLES = {
     "fault": "bold red", "save_failed": "bold red", "invalid_checkpoint": "bold red", "fallback": "yellow",
     "skip": "yellow", "warning": "yellow", "signal": "yellow", "stop": "yellow", "change": "yellow",
-    "restart": "bold green", "resume": "bold green", "done": "bold green", "checkpoint": "dim", "held-out": "cyan",
+    "restart": "bold green", "resume": "bold green", "join": "bold green", "done": "bold green", "checkpoint": "dim",
+    "held-out": "cyan",
 }  # fmt: skip
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]+")
 

@@ -105,9 +105,11 @@ def _train_seed(plan: _Plan, supervisors: Supervisors, terminal: Terminal) -> in
         return DONE
     folder = folder_of(plan.seed)
     if _is_done(folder, plan.seed):
-        terminal.print(f"{plan.phase(0)}: done before, step {total_steps(plan.seed):,} of {folder.name}")
+        terminal.print(
+            f"{plan.phase(0)}: done before, step {total_steps(plan.seed):,} of {folder.name}", soft_wrap=True
+        )
         return DONE
-    terminal.print(f"{plan.phase(0)}: the seed of all modules: run {folder.name} in {folder.path}")
+    terminal.print(f"{plan.phase(0)}: the seed of all modules: run {folder.name} in {folder.path}", soft_wrap=True)
     run = make_ready(plan.seed, plan.launch, folder, verb="ensemble")
     code = supervisors.train([run]).get(folder.name, supervisors.asked or DONE)
     if code != DONE:
@@ -138,9 +140,9 @@ def _train_modules(plan: _Plan, supervisors: Supervisors, terminal: Terminal) ->
                 f"run {plan.folder.name} has begun without modules trained alone; go on with `leviathan train`, or give"
                 " the ensemble another run.name"
             )
-        terminal.print(f"{plan.phase(-2)}: done before, its modules are joined in {plan.folder.name}")
+        terminal.print(f"{plan.phase(-2)}: done before, its modules are joined in {plan.folder.name}", soft_wrap=True)
         return DONE
-    terminal.print(f"{plan.phase(-2)}: {len(plan.alone)} modules, each alone")
+    terminal.print(f"{plan.phase(-2)}: {len(plan.alone)} modules, each alone", soft_wrap=True)
     side_by_side = _places(plan)
     modules = {folder_of(config).name: name for name, config in plan.alone.items()}
     numbers = {
@@ -150,13 +152,17 @@ def _train_modules(plan: _Plan, supervisors: Supervisors, terminal: Terminal) ->
     for run, name in modules.items():
         folder, config = folder_of(plan.alone[name]), plan.alone[name]
         if _is_done(folder, config):
-            terminal.print(f"{numbers[run]}: done before, step {max(folder.committed_steps()):,} of {run}")
+            terminal.print(
+                f"{numbers[run]}: done before, step {max(folder.committed_steps()):,} of {run}", soft_wrap=True
+            )
         else:
             config, origin = _with_threads(config, plan, side_by_side), _from_seed(plan, name)
             waiting.append(make_ready(config, plan.launch, folder, origin=origin, verb="ensemble"))
 
     def begins(run: Prepared) -> None:
-        terminal.print(f"[bold]{numbers[run.folder.name]}[/bold]: run {run.folder.name} in {run.folder.path}")
+        terminal.print(
+            f"[bold]{numbers[run.folder.name]}[/bold]: run {run.folder.name} in {run.folder.path}", soft_wrap=True
+        )
 
     codes = supervisors.train(waiting, side_by_side, begins)
     bad = {run: code for run, code in codes.items() if code != DONE}
@@ -199,7 +205,9 @@ def _tell_failure(folder: RunFolder, what: str, instead: str, code: int, termina
         message = f"{what} failed (run {folder.name}, exit {code}): {cause_of_end(folder)}"
         print(f"error: {message}; then give the same command again{instead}", file=sys.stderr)
     else:
-        terminal.print(f"stopped in {folder.name} (exit {code}); the same command goes on from its last checkpoint")
+        terminal.print(
+            f"stopped in {folder.name} (exit {code}); the same command goes on from its last checkpoint", soft_wrap=True
+        )
 
 
 # ---- all together
@@ -208,7 +216,9 @@ def _tell_failure(folder: RunFolder, what: str, instead: str, code: int, termina
 def _train_joined(plan: _Plan, supervisors: Supervisors, terminal: Terminal) -> int:
     """Train the joint run, which begins with the modules' checkpoints."""
     if _is_done(plan.folder, plan.config):
-        terminal.print(f"{plan.phase(-1)}: done before, step {total_steps(plan.config):,} of {plan.folder.name}")
+        terminal.print(
+            f"{plan.phase(-1)}: done before, step {total_steps(plan.config):,} of {plan.folder.name}", soft_wrap=True
+        )
         return DONE
     origin = None
     if not has_begun(plan.folder):
@@ -216,7 +226,10 @@ def _train_joined(plan: _Plan, supervisors: Supervisors, terminal: Terminal) -> 
         newest = {n: {"run": str(f.path.resolve()), "step": max(f.committed_steps())} for n, f in folders.items()}
         origin = {"modules": newest}
     run = make_ready(plan.config, plan.launch, plan.folder, origin=origin, verb="ensemble")
-    terminal.print(f"{plan.phase(-1)}: {', '.join(plan.alone)} joined: run {plan.folder.name} in {plan.folder.path}")
+    terminal.print(
+        f"{plan.phase(-1)}: {', '.join(plan.alone)} joined: run {plan.folder.name} in {plan.folder.path}",
+        soft_wrap=True,
+    )
     code = supervisors.train([run]).get(plan.folder.name, supervisors.asked or DONE)
     tell_end(terminal, plan.folder, code)
     return code
