@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 
 .PHONY: demo test test-all check lint type fmt bench docs clean
 
-demo: $(READY)          ## text to a trained ensemble, with a rank killed on the way: about 6 minutes
+demo: $(READY)          ## text to a trained ensemble, with a rank killed on the way: some minutes
 	$(BIN)/python -m launcher.demo
 
 test: $(READY)          ## every test but the long ones
