@@ -51,7 +51,27 @@ class ParamGroup:
     decay: bool = True
 
 
-class TokenMixer(nn.Module, ABC):
+class Streaming(nn.Module, ABC):
+    """What reads tokens in a row or in pieces: the state between pieces, and what it costs."""
+
+    @abstractmethod
+    def initial_state(self, rows: int, like: Tensor) -> State:
+        """The state before the first token of `rows` streams, of the type and on the device of `like`."""
+
+    @abstractmethod
+    def flops_per_token(self, length: int) -> int:
+        """Operations of a forward pass per token of a row of `length`; a multiply-add is 2, a causal matrix half."""
+
+    def halved_flops_per_token(self, length: int) -> int:
+        """The part of `flops_per_token` that was halved for causality: a dense form spends it twice."""
+        return 0
+
+    @abstractmethod
+    def state_bytes(self, length: int) -> int:
+        """Bytes of the state of one sequence after `length` tokens, in bf16."""
+
+
+class TokenMixer(Streaming):
     """Mix information across time, (B, T, D) to (B, T, D), and nothing else.
 
     Residual, norm and channel mixer belong to the block. The flags are promises that the certificate holds.
@@ -71,22 +91,6 @@ class TokenMixer(nn.Module, ABC):
     @abstractmethod
     def forward(self, x_BTD: Tensor, layout: Layout, state: State = None) -> tuple[Tensor, State]:
         """Without a state: the training form, whose returned state is None. With one: go on from where it ended."""
-
-    @abstractmethod
-    def initial_state(self, rows: int, like: Tensor) -> State:
-        """The state before the first token of `rows` streams, of the type and on the device of `like`."""
-
-    @abstractmethod
-    def flops_per_token(self, length: int) -> int:
-        """Operations of a forward pass per token of a row of `length`; a multiply-add is 2, a causal matrix half."""
-
-    def halved_flops_per_token(self, length: int) -> int:
-        """The part of `flops_per_token` that was halved for causality: a dense form spends it twice."""
-        return 0
-
-    @abstractmethod
-    def state_bytes(self, length: int) -> int:
-        """Bytes of the state of one sequence after `length` tokens, in bf16."""
 
     def param_groups(self) -> list[ParamGroup]:
         """Parameters that the general rule (matrices decay, all else does not) does not fit."""

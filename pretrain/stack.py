@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, D width.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from pretrain.channel import Aux, Teller
 from pretrain.config import ModelConfig
 from pretrain.layout import Layout
-from pretrain.mixer import State
+from pretrain.mixer import State, Streaming
 from pretrain.registry import Registry
 
 
@@ -30,7 +30,7 @@ class StackOutput(NamedTuple):
     aux: tuple[Aux, ...]
 
 
-class Stack(nn.Module, ABC):
+class Stack(Streaming):
     """(B, T, D) to (B, T, D), residuals and norms inside, causal and document by document as every mixer is."""
 
     recompute: bool = False
@@ -39,22 +39,6 @@ class Stack(nn.Module, ABC):
     @abstractmethod
     def forward(self, x_BTD: Tensor, layout: Layout, state: State = None) -> StackOutput:
         """Without a state: the training form, whose returned state is None. With one: go on from where it ended."""
-
-    @abstractmethod
-    def initial_state(self, rows: int, like: Tensor) -> State:
-        """The state before the first token of `rows` streams, of the type and on the device of `like`."""
-
-    @abstractmethod
-    def flops_per_token(self, length: int) -> int:
-        """Operations of a forward pass per token of a row of `length`; a multiply-add is 2, a causal matrix half."""
-
-    def halved_flops_per_token(self, length: int) -> int:
-        """The part of `flops_per_token` that was halved for causality: a dense form spends it twice."""
-        return 0
-
-    @abstractmethod
-    def state_bytes(self, length: int) -> int:
-        """Bytes of the state of one sequence after `length` tokens, in bf16."""
 
     @abstractmethod
     def segments(self) -> Sequence[nn.Module]:

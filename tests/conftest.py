@@ -56,18 +56,23 @@ def shards(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def write_tiny(folder: Path, shards: Path, corpus: Path) -> Path:
-    """A configuration file: seconds to train, everything as in a real run."""
-    path = folder / "tiny.yaml"
-    path.write_text(
-        f"""run: {{name: tiny, dir: {folder / "runs"}}}
-data:
+def data_of(shards: Path, corpus: Path) -> str:
+    """The section of a configuration for the two sources of text that tests share."""
+    return f"""data:
   dir: {shards}
   heldout: 0.1
   shard_mib: 0.05
   sources:
     letters: {{path: {corpus / "letters"}}}
-    lists: {{path: {corpus / "lists"}}}
+    lists: {{path: {corpus / "lists"}}}"""
+
+
+def write_tiny(folder: Path, shards: Path, corpus: Path) -> Path:
+    """A configuration file: seconds to train, everything as in a real run."""
+    path = folder / "tiny.yaml"
+    path.write_text(
+        f"""run: {{name: tiny, dir: {folder / "runs"}}}
+{data_of(shards, corpus)}
 model: {{width: 16, depth: 2, length: 32, mixers: [{{name: correlation, options: {{heads: 2}}}}, {{name: attention}}]}}
 optim: {{lr: 5e-3, warmup_steps: 4}}
 train: {{steps: 20, batch_rows: 8}}

@@ -42,6 +42,20 @@ def run_ranks(module: str, task: str, world: int, out: Path, timeout: float = 10
     return json.loads((out / "result.json").read_text())
 
 
-def give_back(out: Path, result: Any) -> None:
-    """Called by rank 0 of a worker: what `run_ranks` returns."""
-    (out / "result.json").write_text(json.dumps(result))
+def work(tasks: dict[str, Any]) -> None:
+    """What a worker module does as one rank: the task it is asked for; rank 0 gives back what `run_ranks` returns."""
+    # here, since whoever starts ranks needs no torch
+    import torch
+
+    from pretrain.engine_deepspeed import start_distributed
+    from pretrain.parallel import Ranks, finish
+    from pretrain.run import leave
+
+    torch.set_num_threads(1)
+    task, out, arguments = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    start_distributed(torch.device("cpu"), 60)
+    result = tasks[task](out, **arguments)
+    if Ranks.from_environment().first:
+        (out / "result.json").write_text(json.dumps(result))
+    finish()
+    leave(0)

@@ -10,6 +10,7 @@ from pretrain.ensemble.alone import module_run
 from pretrain.health import Heartbeat
 from pretrain.run_folder import RunFolder
 from pretrain.session import Session
+from tests.conftest import data_of
 from tests.small_run import NobodyAsks
 
 MODULES = ("letters", "lists")
@@ -21,13 +22,7 @@ def write_ensemble(folder: Path, shards: Path, corpus: Path, engine: str = "torc
     path = folder / "duo.yaml"
     path.write_text(
         f"""run: {{name: duo, dir: {folder / "runs"}}}
-data:
-  dir: {shards}
-  heldout: 0.1
-  shard_mib: 0.05
-  sources:
-    letters: {{path: {corpus / "letters"}}}
-    lists: {{path: {corpus / "lists"}}}
+{data_of(shards, corpus)}
 model:
   width: 16
   depth: 2

@@ -9,6 +9,7 @@ from launcher.prepare import prepare
 from pretrain.health import Heartbeat
 from pretrain.run_folder import RunFolder
 from pretrain.session import Session
+from tests.conftest import data_of
 
 
 class NobodyAsks:
@@ -33,13 +34,7 @@ def small_config(folder: Path, shards: Path, corpus: Path, name: str = "small") 
     path = folder / f"{name}.yaml"
     path.write_text(
         f"""run: {{name: {name}, dir: {folder / "runs"}}}
-data:
-  dir: {shards}
-  heldout: 0.1
-  shard_mib: 0.05
-  sources:
-    letters: {{path: {corpus / "letters"}}}
-    lists: {{path: {corpus / "lists"}}}
+{data_of(shards, corpus)}
 model: {{width: 16, depth: 2, length: 32, mixers: [{{name: correlation}}, {{name: attention}}]}}
 optim: {{lr: 5e-3, warmup_steps: 4}}
 train: {{steps: 12, batch_rows: 8}}

@@ -61,6 +61,8 @@ class EnsembleConfig(Config):
             raise ValueError(f"freezes {self.freeze}, which fusion btx makes parts of one model; set freeze to none")
         if self.fusion == "mhc" and self.width % self.heads:
             raise ValueError(f"has a fusion of width {self.width} for {self.heads} heads; make it a multiple")
+        if self.freeze == "modules" and self.fusion != "mhc":
+            raise ValueError(f"freezes its modules, and fusion {self.fusion} has nothing to train; set freeze none")
         lost = sorted(set(self.domains.values()) - set(self.modules))
         if self.modules and lost:
             raise ValueError(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from configs.errors import ConfigError
 from pretrain import channel
 from pretrain.layout import Layout
 from pretrain.members import Members
@@ -69,9 +70,11 @@ def test_token_by_token_and_in_pieces_equal_the_training_form(name, options):
 
 @over_channels
 def test_members_run_as_one_equal_each_alone(name, options):
-    if options.get("balance") == "bias":
-        pytest.skip("members keep no counts")
     x, layout = noise(2, ROWS, LENGTH, WIDTH), packed()
+    if list(make(name, options).buffers()):
+        with pytest.raises(ConfigError, match="keeps counts"):
+            Members(lambda: channel.make(name, options, Site(WIDTH, LENGTH, 0, 2)), ["a", "b"])
+        return
     members = Members(lambda: channel.make(name, options, Site(WIDTH, LENGTH, 0, 2)), ["a", "b"])
     shaken(members.to_empty(device="cpu"))
     y, _ = members(x, layout)

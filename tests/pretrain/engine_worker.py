@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,16 +22,15 @@ from pretrain.checkpoint import CheckpointStore
 from pretrain.checkpoint_files import newest_readable, open_files
 from pretrain.config import CheckpointConfig, EngineConfig, ModelConfig, OptimConfig, PartConfig
 from pretrain.engine import Engine, TorchEngine
-from pretrain.engine_deepspeed import DeepSpeedEngine, start_distributed
+from pretrain.engine_deepspeed import DeepSpeedEngine
 from pretrain.init import constant, declare, initialise
 from pretrain.model import LossParts
 from pretrain.models.build import build
 from pretrain.models.language_model import LanguageModel
 from pretrain.ops.expert_parallel import shard_experts
-from pretrain.parallel import Ranks, finish
-from pretrain.run import leave
+from pretrain.parallel import Ranks
 from pretrain.run_folder import RunFolder
-from tests.ranks import give_back
+from tests.ranks import work
 
 RANKS = Ranks.from_environment()
 CPU = torch.device("cpu")
@@ -265,16 +262,5 @@ def measures(out: Path, stages: list[str]) -> object:
     return results
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    task, out, arguments = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-    start_distributed(CPU, 60)
-    result = globals()[task](out, **arguments)
-    if RANKS.first:
-        give_back(out, result)
-    finish()
-    leave(0)
-
-
 if __name__ == "__main__":
-    main()
+    work(globals())

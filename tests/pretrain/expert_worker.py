@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 
 import torch
@@ -11,13 +9,10 @@ import torch
 from pretrain.checkpoint_files import newest_readable, open_files
 from pretrain.config import ModelConfig, OptimConfig, PartConfig
 from pretrain.engine import Engine
-from pretrain.engine_deepspeed import start_distributed
 from pretrain.layout import Layout
-from pretrain.parallel import finish
-from pretrain.run import leave
 from pretrain.run_folder import RunFolder
-from tests.pretrain.engine_worker import CPU, LENGTH, RANKS, batches, engine_of, whole_state
-from tests.ranks import give_back
+from tests.pretrain.engine_worker import LENGTH, batches, engine_of, whole_state
+from tests.ranks import work
 
 MOE = {"experts": 4, "balance_loss": 0.05, "z_loss": 0.01}
 ROWS_AT_ONCE = 2
@@ -86,16 +81,5 @@ def taken_over(out: Path, source: str, cases: dict[str, dict[str, object]], step
     return results
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    task, out, arguments = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-    start_distributed(CPU, 60)
-    result = globals()[task](out, **arguments)
-    if RANKS.first:
-        give_back(out, result)
-    finish()
-    leave(0)
-
-
 if __name__ == "__main__":
-    main()
+    work(globals())
