@@ -334,7 +334,17 @@ def _flat_eval(record: Record) -> Record:
     for name, figures in record["sources"].items():
         flat |= {f"eval/{name}/{k}": v for k, v in figures.items()}
     flat |= {f"eval/position/{first}-{last}": loss for first, last, loss, _ in record["by_position"]}
+    flat |= dict(_leaves("eval/model", record.get("model", {})))
     return {k: v for k, v in flat.items() if v is not None}
+
+
+def _leaves(name: str, tree: Any) -> Iterator[tuple[str, float]]:
+    """Every number of a tree, by its path."""
+    if not isinstance(tree, dict):
+        yield name, tree
+        return
+    for key, below in tree.items():
+        yield from _leaves(f"{name}/{key}", below)
 
 
 def _logged_steps(folder: Path, sessions: str) -> Iterator[tuple[int, float]]:

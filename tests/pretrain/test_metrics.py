@@ -64,7 +64,8 @@ for step in range(asked["first"], asked["last"] + 1):
     writes_s.append(time.perf_counter() - before)
     if step % 10 == 0:
         mirror.write_eval({"step": step, "loss": 2.0, "perplexity": 7.4, "bits_per_byte": 1.1, "tokens": 9,
-                           "sources": {"books": {"loss": 2.0}}, "by_position": [[0, 7, 2.5, 9]]})
+                           "sources": {"books": {"loss": 2.0}}, "by_position": [[0, 7, 2.5, 9]],
+                           "model": {"module": {"books": {"loss": 1.5}}}})
     time.sleep(asked["step_s"])
     if step == asked.get("wait_at"):
         # not before the mirror has imported wandb: two threads cannot import it at once
@@ -381,6 +382,7 @@ def test_an_online_run_goes_on_where_the_server_stands(folder: RunFolder, server
     assert [row["step"] for _, row in sorted(server.rows.items())] == list(range(1, 41))
     assert {row["step"]: row["loss"] for row in server.rows.values()} == losses(40)
     assert server.rows[39]["eval/loss"] == 2.0
+    assert server.rows[39]["eval/model/module/books/loss"] == 1.5
     assert server.run == folder.facts()["wandb_id"]
 
 
