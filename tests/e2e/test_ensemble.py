@@ -50,9 +50,9 @@ def assert_same(place: Path, reference: Path) -> None:
         assert final_state(run) == final_state(other)
 
 
-def kill_when(place: Path, config: Path, moment: Callable[[], bool], faults: str = "") -> None:
+def kill_when(place: Path, config: Path, moment: Callable[[], bool], faults: str = "", *words: str) -> None:
     """Start the command and kill it with SIGKILL at a moment; nothing that it started is left."""
-    process = start_leviathan("ensemble", config, env={"LEVIATHAN_FAULT": faults})
+    process = start_leviathan("ensemble", config, *words, env={"LEVIATHAN_FAULT": faults})
     try:
         wait_until(moment, 150)
         process.kill()
@@ -123,3 +123,26 @@ def test_a_module_that_cannot_go_on_is_named_and_left_out(shards, corpus, tmp_pa
     assert done.code == DONE, done.err
     assert not run_of(tmp_path, LETTERS).committed_steps()
     assert len(losses(run_of(tmp_path, DUO))) == STEPS
+
+
+def test_a_mixture_of_all_models_begins_from_one_seed_and_survives_a_kill_in_every_phase(shards, corpus, tmp_path):
+    """`fusion: btx`, over two DeepSpeed ranks."""
+    words = ("model.ensemble.fusion=btx", "modules.seed_steps=4")
+    places = [tmp_path / "undisturbed", tmp_path / "killed"]
+    for place in places:
+        place.mkdir()
+    reference, killed = (write_ensemble(place, shards, corpus, "deepspeed") for place in places)
+    done = leviathan("ensemble", reference, *words, timeout=300)
+    assert done.code == DONE, done.err + done.out
+    assert "phase 1 of 3: the seed of all modules" in done.out
+    names = ["duo-seed", *ALL]
+    # no phase but the one that is meant has a step of this number
+    for name, step in ((names[0], 3), (LISTS, None), (DUO, STEPS - 1)):
+        run, faults = run_of(places[1], name), HELD.replace(":0:4:", f":0:{step}:") if step else ""
+        kill_when(places[1], killed, lambda run=run: bool(losses(run)), faults, *words)
+    done = leviathan("ensemble", killed, *words, timeout=200)
+    assert done.code == DONE, done.err + done.out
+    assert "phase 1 of 3: done before" not in done.out, "a joint run that has begun needs no seed"
+    for name in names:
+        assert final_state(run_of(places[1], name)) == final_state(run_of(places[0], name)), name
+        assert losses(run_of(places[1], name)) == losses(run_of(places[0], name)), name
