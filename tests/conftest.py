@@ -16,6 +16,8 @@ import pytest
 
 # before torch looks: idle threads of tiny operations make tests twenty times slower on a busy machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# tables and sentences must not break where the path of a temporary folder is long
+os.environ.setdefault("COLUMNS", "200")
 
 from data_pipeline.build import build
 from data_pipeline.config import DataConfig, SourceConfig
