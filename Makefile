@@ -3,19 +3,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest
 # by files, so that what the tests of a file share is made once
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+BESIDE := --numprocesses auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-all check lint type fmt bench docs clean
+.PHONY: demo test test-long test-all check lint type fmt bench docs clean
 
 demo: $(READY)          ## text to a trained ensemble, with a rank killed on the way: some minutes
 	$(BIN)/python -m launcher.demo
 
 test: $(READY)          ## every test but the long ones
-	$(PYTEST) -m "not e2e" tests
+	$(PYTEST) $(BESIDE) -m "not e2e" tests
 
-test-all: $(READY)      ## also whole jobs with real faults, every ZeRO stage
-	$(PYTEST) tests
+test-long: $(READY)     ## whole jobs with real faults, every ZeRO stage; one by one, for they measure time
+	$(PYTEST) -m e2e tests
+
+test-all: test test-long
 
 check: lint type        ## what CI checks before it tests
 

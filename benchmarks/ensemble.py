@@ -22,7 +22,8 @@ from pretrain.init import initialise
 from pretrain.models.build import build
 
 VOCAB, MODULES, GOAL = 257, ("python", "cpp", "english", "unicode"), 0.6
-SIZES = {"demo": (32, 2, 4, 64), "rows x2": (32, 2, 8, 64), "width x2": (64, 2, 4, 64), "length x2": (32, 2, 4, 128)}
+SIZES = {"demo": (48, 2, 4, 128), "half the length": (48, 2, 4, 64), "narrower": (32, 2, 4, 128),
+         "rows x2": (48, 2, 8, 128)}  # fmt: skip
 """Width, depth, rows, tokens of a row."""
 STEPS = 5
 
