@@ -18,7 +18,7 @@ test: $(READY)          ## every test but the long ones
 test-long: $(READY)     ## whole jobs with real faults, every ZeRO stage; one by one, for they measure time
 	$(PYTEST) -m e2e tests
 
-test-all: test test-long
+test-all: test test-long ## all there are
 
 check: lint type        ## what CI checks before it tests
 

@@ -136,7 +136,7 @@ def test_a_mixture_of_all_models_begins_from_one_seed_and_survives_a_kill_in_eve
     assert done.code == DONE, done.err + done.out
     assert "phase 1 of 3: the seed of all modules" in done.out
     names = ["duo-seed", *ALL]
-    # no phase but the one that is meant has a step of this number
+    # no phase that is done before has a step of this number: only the one that is meant waits in it
     for name, step in ((names[0], 3), (LISTS, None), (DUO, STEPS - 1)):
         run, faults = run_of(places[1], name), HELD.replace(":0:4:", f":0:{step}:") if step else ""
         kill_when(places[1], killed, lambda run=run: bool(losses(run)), faults, *words)
