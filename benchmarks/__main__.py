@@ -8,6 +8,8 @@ import os
 import re
 import sys
 
+from pretrain.host_memory import keep_freed_memory
+
 LOSSES = ("shakespeare", "mixers", "moe", "wrap", "pairs", "ensemble_quality", "published")
 NAMES = ("step", "data", "checkpoint", "start", "ensemble", *LOSSES)
 
@@ -20,6 +22,7 @@ def main() -> int:
     name = sys.argv[1]
     # one thread, before torch looks: arms are compared by CPU time of one core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    keep_freed_memory()  # as every rank does
     module = importlib.import_module(f"benchmarks.{name}")
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks {name}", description=module.__doc__)
     module.add_options(parser)

@@ -27,6 +27,7 @@ from pretrain.evaluate import HeldOut, evaluate
 from pretrain.faults import fault_point
 from pretrain.grown import Grown, new_part
 from pretrain.health import Heartbeat, StopRequests
+from pretrain.host_memory import keep_freed_memory
 from pretrain.init import initialise
 from pretrain.lease import Lease
 from pretrain.log import Log, Silence
@@ -61,6 +62,7 @@ class Session:
         self.attempt = folder.attempt
         self.device = choose_device(config.engine.device, self.ranks)
         set_threads(config, self.ranks)
+        keep_freed_memory()
         self.micro = micro_rows(config, self.ranks.world)
         check_divides(config.train.batch_rows, self.micro, self.ranks.world)
         self.dataset = open_dataset(config.data)

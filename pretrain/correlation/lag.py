@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pretrain.correlation.form import Form, Heads, first_decays
 from pretrain.init import declare, values
 from pretrain.layout import Layout
-from pretrain.ops.attention import attend, attend_naive, lag_scores, stack_lags
+from pretrain.ops.attention import attend, attend_naive, lag_scores, stack_keys, stack_queries
 from pretrain.ops.heads import Cache, empty_cache, extend, visible
 
 LagInit = Literal["geometric", "uniform", "delta"]
@@ -52,8 +52,9 @@ class Lag(Form):
             return self._stream(q, extend(state.cache, k, v, layout), layout, state.recent)
         if self.weights is None:
             return attend(q, k, v, layout, self.scale), None
-        stacked_q = stack_lags(q, self._weights(q), self.lags, layout)
-        return attend(stacked_q, stack_lags(k, None, self.lags, layout), v, layout, self.scale), None
+        # scaled by way of the weights: one pass over queries less
+        stacked_q = stack_queries(q, self._weights(q) * self.scale, self.lags)
+        return attend(stacked_q, stack_keys(k, self.lags, layout), v, layout, 1.0), None
 
     def _weights(self, like: Tensor) -> Tensor:
         """(H, L, C or E)."""
@@ -95,9 +96,8 @@ class ChannelLag(Lag):
     def _stream(self, q: Tensor, cache: Cache, layout: Layout, recent: Tensor) -> tuple[Tensor, Stream]:
         length, queries = q.shape[2], torch.cat((recent, q), dim=2)
         seen = Layout(cache.doc_BS, cache.pos_BS, False)
-        late = Layout(cache.doc_BS[:, -queries.shape[2] :], cache.pos_BS[:, -queries.shape[2] :], False)
-        stacked_q = stack_lags(queries, self._weights(q), self.lags, late)[:, :, -length:]
-        stacked_k = stack_lags(cache.k, None, self.lags, seen)
+        stacked_q = stack_queries(queries, self._weights(q), self.lags)[:, :, -length:]
+        stacked_k = stack_keys(cache.k, self.lags, seen)
         y = attend_naive(stacked_q, stacked_k, cache.v, visible(layout, cache), self.scale)
         return y, Stream(cache, queries[:, :, -(self.lags - 1) :])
 

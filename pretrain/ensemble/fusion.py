@@ -26,7 +26,7 @@ from pretrain.layout import Layout
 from pretrain.members import Members
 from pretrain.mixer import ParamGroup
 from pretrain.norms import RmsNorm
-from pretrain.ops.attention import lag_scores, stack_lags
+from pretrain.ops.attention import lag_scores, stack_keys, stack_queries
 from pretrain.ops.heads import Cache, empty_cache, extend, visible
 
 
@@ -85,12 +85,9 @@ class Fusion(nn.Module):
 
     def _scores(self, q: Tensor, k: Tensor, weights: Tensor, layout: Layout) -> Tensor:
         """(B, M H, T, T), -inf where a query may not see."""
-        stacked_q = stack_lags(q, weights, self.lags, layout).repeat(1, self.count, 1, 1)
-        stacked_k = stack_lags(k, None, self.lags, layout)
-        rows, heads, length = k.shape[:3]
-        bias = layout.mask_bias(q.dtype).expand(rows, heads, length, length).flatten(0, 1)
-        scores = torch.baddbmm(bias, stacked_q.flatten(0, 1), stacked_k.flatten(0, 1).transpose(1, 2), alpha=self.scale)
-        return scores.unflatten(0, (rows, heads))
+        stacked_q = stack_queries(q, weights * self.scale, self.lags).repeat(1, self.count, 1, 1)
+        stacked_k = stack_keys(k, self.lags, layout)
+        return (stacked_q @ stacked_k.transpose(-1, -2)).add_(layout.mask_bias(q.dtype))
 
     def _stream(
         self, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, layout: Layout, state: Stream

@@ -41,11 +41,9 @@ def _attend_narrow_values(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale
 
 
 def _attend_explicit(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
-    """Scores are kept. The mask is added by the matrix product itself: no pass of its own over them."""
-    rows, heads, length = q.shape[:3]
-    bias = layout.mask_bias(q.dtype).expand(rows, heads, length, length).flatten(0, 1)
-    scores = torch.baddbmm(bias, (q * scale).flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
-    return scores.softmax(-1).unflatten(0, (rows, heads)) @ v
+    """Scores are kept, and masked where they lie: no second matrix of them."""
+    scores = (q if scale == 1 else q * scale) @ k.transpose(-1, -2)
+    return scores.add_(layout.mask_bias(q.dtype)).softmax(-1) @ v
 
 
 def _as_many_heads(q: Tensor, *kv: Tensor) -> list[Tensor]:
@@ -61,18 +59,29 @@ def attend_naive(q_BHTE: Tensor, k_BHSE: Tensor, v_BHSV: Tensor, mask: Tensor, s
     return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v_BHSV
 
 
-def stack_lags(x_BHTE: Tensor, weights_HLE: Tensor | None, lags: int, layout: Layout) -> Tensor:
-    """Beside each token's vector those of the `lags` - 1 tokens before it, zero beyond its document. (B, H, T, L*E).
+def stack_queries(q_BHTE: Tensor, weights_HLE: Tensor, lags: int) -> Tensor:
+    """Beside each query the `lags` - 1 before it, zero beyond the row, each times its weight. (B, H, T, L*E).
 
-    weights_HLE: a factor for each lag, per head (H, L, 1) or channel (H, L, E).
+    weights_HLE: a factor for each lag, per head (H, L, 1) or channel (H, L, E). Queries of another document stay: they
+    meet the zeros that `stack_keys` puts there, for a key that a query sees is no farther from the document's start.
     """
-    pieces = []
-    for lag in range(min(lags, x_BHTE.shape[2])):
-        piece = x_BHTE if lag == 0 else F.pad(x_BHTE[:, :, :-lag], (0, 0, lag, 0))
-        if lag and not layout.ramps:
-            piece = piece * layout.reaches(lag)
-        pieces.append(piece if weights_HLE is None else piece * weights_HLE[:, lag, None])
+    return torch.cat([_earlier(q_BHTE, lag) * weights_HLE[:, lag, None] for lag in _lags_within(q_BHTE, lags)], dim=-1)
+
+
+def stack_keys(k_BHTE: Tensor, lags: int, layout: Layout) -> Tensor:
+    """Beside each key the `lags` - 1 before it, zero beyond its document. (B, H, T, L*E)."""
+    pieces = [_earlier(k_BHTE, lag) for lag in _lags_within(k_BHTE, lags)]
+    if not layout.ramps:
+        pieces[1:] = [piece * layout.reaches(lag) for lag, piece in enumerate(pieces[1:], 1)]
     return torch.cat(pieces, dim=-1)
+
+
+def _lags_within(x_BHTE: Tensor, lags: int) -> range:
+    return range(min(lags, x_BHTE.shape[2]))
+
+
+def _earlier(x_BHTE: Tensor, lag: int) -> Tensor:
+    return F.pad(x_BHTE[:, :, :-lag], (0, 0, lag, 0)) if lag else x_BHTE
 
 
 def lag_scores(rows_BHRS: Tensor, weights_HL: Tensor, pos_BT: Tensor, pos_BS: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from data_pipeline.batch import IGNORE
 from pretrain.layout import Layout
 from pretrain.ops import attention
-from pretrain.ops.attention import attend, attend_naive, lag_scores, stack_lags
+from pretrain.ops.attention import attend, attend_naive, lag_scores, stack_keys, stack_queries
 from pretrain.ops.loss import cross_entropy, cross_entropy_naive
 from pretrain.ops.norm import rms_norm, rms_norm_naive
 from pretrain.ops.rotary import Rotary, rotate_real
@@ -115,7 +115,7 @@ def test_stacked_lags_give_the_scores_of_the_equation(lags, layout):
     q, k, w = noise(3, 2, 48, 6), noise(3, 2, 48, 6, seed=3), noise(2, lags, seed=4)
 
     def fast(q, k, w):
-        product = stack_lags(q, w[..., None], lags, layout) @ stack_lags(k, None, lags, layout).transpose(-1, -2)
+        product = stack_queries(q, w[..., None], lags) @ stack_keys(k, lags, layout).transpose(-1, -2)
         return product.masked_fill(~layout.mask(), 0.0)
 
     def plain(q, k, w):
