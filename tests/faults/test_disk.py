@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.checkpoint_files import verify
+from pretrain.health import Beat, read_heartbeat
 from pretrain.run_folder import RunFolder, read_lines
 from tests.conftest import events, leviathan, start_leviathan, tmpfs, wait_until
 
@@ -55,6 +56,14 @@ def steps_of(run: RunFolder, kind: str) -> list[int]:
     return [event["step"] for event in run.history() if event["event"] == kind]
 
 
+def heartbeat(folder: Path) -> Beat:
+    """The last sign of life of the run whose temporary files lie in a folder."""
+    (beats,) = folder.glob("leviathan-*")
+    beat = read_heartbeat(beats, 0)
+    assert beat is not None
+    return beat
+
+
 def interrupt(process: subprocess.Popen[str]) -> None:
     """Ctrl-C: the step is finished and saved, and the run leaves."""
     os.kill(process.pid, signal.SIGINT)
@@ -72,12 +81,14 @@ def assert_told(run: RunFolder, first: int, last_good: int) -> None:
         assert f"training goes on ({number} of " in event["message"]
 
 
-def test_training_and_then_saving_go_on_over_a_disk_that_was_full_for_a_while(tiny, disk):
-    process = start_leviathan("train", tiny, f"run.dir={disk}", *LONG, "checkpoint.max_failures=1000000")
+def test_training_and_then_saving_go_on_over_a_disk_that_was_full_for_a_while(tiny, disk, tmp_path):
+    env = {"TMPDIR": str(tmp_path)}
+    process = start_leviathan("train", tiny, f"run.dir={disk}", *LONG, "checkpoint.max_failures=1000000", env=env)
     run = RunFolder(disk / "tiny")
     wait_until(lambda: len(steps_of(run, "checkpoint")) >= 2)
-    filler = fill(disk)
-    time.sleep(2.0)
+    filler, newest = fill(disk), run.committed_steps()[0]
+    # one save may still have found room; what is told of the next three waits in memory, but the heartbeat goes on
+    wait_until(lambda: heartbeat(tmp_path).step > newest + 4 * 50 + 20)
     kept = whole(run)
     filler.unlink()
     wait_until(lambda: run.committed_steps()[0] > kept[0] + 100)
