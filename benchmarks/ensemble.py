@@ -8,23 +8,22 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.common import Table, alternate, interval
 from data_pipeline.batch import Batch, collate
-from pretrain.config import EngineConfig, ModelConfig, OptimConfig, PartConfig
+from launcher.prepare import resolve
+from pretrain.config import EngineConfig, ModelConfig, OptimConfig
 from pretrain.engine import Engine, TorchEngine
 from pretrain.ensemble.config import EnsembleConfig
 from pretrain.init import initialise
 from pretrain.models.build import build
 
-VOCAB, MODULES, GOAL = 257, ("python", "cpp", "english", "unicode"), 0.6
-SIZES = {"demo": (48, 2, 4, 128), "half the length": (48, 2, 4, 64), "narrower": (32, 2, 4, 128),
-         "rows x2": (48, 2, 8, 128)}  # fmt: skip
-"""Width, depth, rows, tokens of a row."""
+VOCAB, GOAL = 257, 0.6
+OTHERS = {"half the length": {"length": 0.5}, "wider": {"width": 1.5}, "rows x2": {"rows": 2}}
+"""Sizes beside the demo's, each by what is multiplied."""
 STEPS = 5
 
 
@@ -36,35 +35,42 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Table:
     """Time every size and return the table."""
     torch.set_num_threads(1)
+    config, launch = resolve(["demo"], [])
+    demo = {"width": config.model.width, "length": config.model.length, "rows": config.train.batch_rows // launch.ranks}
     table = Table("A step of the ensemble's eight models, CPU time: run as one against in turn")
-    for name, (width, depth, rows, length) in SIZES.items():
-        batch = _batch(rows, length)
-        shape = {"width": width, "depth": depth, "length": length}
-        apart = EnsembleConfig(modules=MODULES, fusion="uniform", couple_every=0)
-        whole = EnsembleConfig(
-            modules=MODULES, fusion="mhc", couple_heads=2, couple_lags=2, width=width, heads=2, lags=2
-        )
-        as_one, in_turn = _engine(shape, apart), [_engine(shape) for _ in range(8)]
-        costly = _as_costly(shape, whole)
-        everything, single = _engine(shape, whole), _engine(costly)
-        arms: dict[str, Callable[[], None]] = {
-            "as one": partial(_steps, [as_one], batch),
-            "in turn": partial(_steps, in_turn, batch),
-            "whole": partial(_steps, [everything], batch),
-            "single": partial(_steps, [single], batch),
-        }
-        for arm in arms.values():
-            arm()
-        seconds = alternate(arms, options.rounds)
-        ratio = interval([a / b for a, b in zip(seconds["as one"], seconds["in turn"])])
-        size = f"width {width}, {depth} blocks, {rows} rows of {length}"
-        goal = GOAL if name == "demo" else None
-        table.add(f"{name}: eight as one / in turn", ratio.median, "x", goal=goal, spread=ratio, note=f"({size})")
-        ratio = interval([a / b for a, b in zip(seconds["whole"], seconds["single"])])
-        note = f"(width {costly['width']})"
-        table.add(f"{name}: ensemble with couplings and fusion / one model of its FLOPs", ratio.median, "x",
-                  spread=ratio, note=note)  # fmt: skip
+    for name, changes in {"demo": {}, **OTHERS}.items():
+        size = {key: int(value * changes.get(key, 1)) for key, value in demo.items()}
+        batch = _batch(size["rows"], size["length"])
+        model = config.model.model_copy(update={"width": size["width"], "length": size["length"]})
+        _add(table, name, model, _alternated(model, batch, options.rounds), len(batch.source_B))
     return table
+
+
+def _alternated(model: ModelConfig, batch: Batch, rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of every arm, round by round. model: the whole ensemble's."""
+    apart = model.ensemble.model_copy(update={"fusion": "uniform", "couple_every": 0})
+    alone = model.model_copy(update={"ensemble": EnsembleConfig()})
+    engines = {
+        "as one": [_engine(model.model_copy(update={"ensemble": apart}))],
+        "in turn": [_engine(alone) for _ in range(2 * len(model.ensemble.modules))],
+        "whole": [_engine(model)],
+        "single": [_engine(_as_costly(alone, model))],
+    }
+    arms: dict[str, Callable[[], None]] = {name: partial(_steps, which, batch) for name, which in engines.items()}
+    for arm in arms.values():
+        arm()
+    return alternate(arms, rounds)
+
+
+def _add(table: Table, name: str, model: ModelConfig, seconds: dict[str, list[float]], rows: int) -> None:
+    ratio = interval([a / b for a, b in zip(seconds["as one"], seconds["in turn"])])
+    note = f"(width {model.width}, {model.depth} blocks, {rows} rows of {model.length})"
+    goal = GOAL if name == "demo" else None
+    table.add(f"{name}: eight as one / in turn", ratio.median, "x", goal=goal, spread=ratio, note=note)
+    ratio = interval([a / b for a, b in zip(seconds["whole"], seconds["single"])])
+    costly = _as_costly(model.model_copy(update={"ensemble": EnsembleConfig()}), model)
+    what = "ensemble with couplings and fusion / one model of its FLOPs"
+    table.add(f"{name}: {what}", ratio.median, "x", spread=ratio, note=f"(width {costly.width})")
 
 
 def _steps(engines: list[Engine], batch: Batch) -> None:
@@ -73,26 +79,22 @@ def _steps(engines: list[Engine], batch: Batch) -> None:
             engine.step([batch], step, 1.0)
 
 
-def _engine(shape: dict[str, Any], ensemble: EnsembleConfig | None = None) -> Engine:
-    model = build(_config(shape, ensemble), VOCAB).to_empty(device="cpu")
+def _engine(config: ModelConfig) -> Engine:
+    model = build(config, VOCAB).to_empty(device="cpu")
     initialise(model, 0)
-    config = EngineConfig(name="torch")
-    return TorchEngine(model, OptimConfig(lr=1e-3), config, sources=1, seed=0, device=torch.device("cpu"))
+    plain = EngineConfig(name="torch")
+    return TorchEngine(model, OptimConfig(lr=1e-3), plain, sources=1, seed=0, device=torch.device("cpu"))
 
 
-def _config(shape: dict[str, Any], ensemble: EnsembleConfig | None = None) -> ModelConfig:
-    mixers = (PartConfig(name="correlation", options={"heads": 2, "lags": 2}),)
-    return ModelConfig(**shape, mixers=mixers, ensemble=ensemble or EnsembleConfig())
+def _as_costly(alone: ModelConfig, whole: ModelConfig) -> ModelConfig:
+    """One model with as many operations as the ensemble: of the same depth, a multiple of 4 wide."""
+    cost = build(whole, VOCAB).flops_per_token()
 
+    def of(width: int) -> ModelConfig:
+        return alone.model_copy(update={"width": width})
 
-def _as_costly(shape: dict[str, Any], ensemble: EnsembleConfig) -> dict[str, Any]:
-    """The shape of one model with as many operations: the same depth, a multiple of 4 as width."""
-    cost = build(_config(shape, ensemble), VOCAB).flops_per_token()
-
-    def distance(width: int) -> int:
-        return abs(build(_config(shape | {"width": width}), VOCAB).flops_per_token() - cost)
-
-    return shape | {"width": min(range(shape["width"], 12 * shape["width"], 4), key=distance)}
+    widths = range(alone.width, 12 * alone.width, 4)
+    return min(map(of, widths), key=lambda config: abs(build(config, VOCAB).flops_per_token() - cost))
 
 
 def _batch(rows: int, length: int) -> Batch:
