@@ -52,9 +52,8 @@ class Lag(Form):
             return self._stream(q, extend(state.cache, k, v, layout), layout, state.recent)
         if self.weights is None:
             return attend(q, k, v, layout, self.scale), None
-        # scaled by way of the weights: one pass over queries less
-        stacked_q = stack_queries(q, self._weights(q) * self.scale, self.lags)
-        return attend(stacked_q, stack_keys(k, self.lags, layout), v, layout, 1.0), None
+        stacked_q = stack_queries(q, self._weights(q), self.lags)
+        return attend(stacked_q, stack_keys(k, self.lags, layout), v, layout, self.scale), None
 
     def _weights(self, like: Tensor) -> Tensor:
         """(H, L, C or E)."""

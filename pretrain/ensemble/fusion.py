@@ -85,7 +85,7 @@ class Fusion(nn.Module):
 
     def _scores(self, q: Tensor, k: Tensor, weights: Tensor, layout: Layout) -> Tensor:
         """(B, M H, T, T), -inf where a query may not see."""
-        stacked_q = stack_queries(q, weights * self.scale, self.lags).repeat(1, self.count, 1, 1)
+        stacked_q = stack_queries(q * self.scale, weights, self.lags).repeat(1, self.count, 1, 1)
         stacked_k = stack_keys(k, self.lags, layout)
         return (stacked_q @ stacked_k.transpose(-1, -2)).add_(layout.mask_bias(q.dtype))
 

@@ -42,7 +42,7 @@ def _attend_narrow_values(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale
 
 def _attend_explicit(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float) -> Tensor:
     """Scores are kept, and masked where they lie: no second matrix of them."""
-    scores = (q if scale == 1 else q * scale) @ k.transpose(-1, -2)
+    scores = (q * scale) @ k.transpose(-1, -2)
     return scores.add_(layout.mask_bias(q.dtype)).softmax(-1) @ v
 
 

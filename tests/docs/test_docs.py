@@ -71,8 +71,12 @@ def example(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("promise", PROMISES, ids=[promise.name for promise in PROMISES])
-@pytest.mark.timeout(400)  # it is a loop over time, and growth is counted up to 4,096 tokens
+@pytest.mark.parametrize(
+    "promise",
+    # it is a loop over time, and growth is counted up to 4,096 tokens
+    [pytest.param(p, id=p.name, marks=pytest.mark.e2e if p.name == "growth" else []) for p in PROMISES],
+)
+@pytest.mark.timeout(400)
 def test_the_example_mixer_keeps_every_promise(example, promise):
     assert verdict(promise, Candidate("ema", file=str(example))).kept
 

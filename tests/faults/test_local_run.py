@@ -126,6 +126,7 @@ def test_a_hung_rank_is_found_named_and_replaced(tiny, undisturbed):
     assert_same(run, undisturbed)
 
 
+@pytest.mark.e2e
 def test_without_progress_three_times_it_stops_with_the_reason(tiny):
     env = {"LEVIATHAN_FAULT": ",".join(["step.before_update:0:2"] * 5)}
     done = leviathan("train", tiny, *ALONE, env=env)

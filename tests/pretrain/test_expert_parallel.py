@@ -65,6 +65,7 @@ def test_shared_experts_give_losses_norms_and_parameters_of_experts_on_every_ran
         torch.testing.assert_close(value, its[key], rtol=1e-6, atol=1e-6, msg=str(key))
 
 
+@pytest.mark.e2e
 @pytest.mark.timeout(300)
 def test_checkpoints_go_from_shared_experts_to_one_rank_and_back(trained, tmp_path):
     results, out = trained

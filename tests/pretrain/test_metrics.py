@@ -240,8 +240,11 @@ def test_rows_that_found_no_room_in_the_queue_are_sent_all_the_same(folder: RunF
 
 @pytest.mark.parametrize(
     ("hangs", "timeout_s"),
-    [(False, 1.0), (True, 0.0), (False, 40.0)],
-    ids=["refuses", "accepts and never answers", "refuses until wandb itself gives up"],
+    [
+        pytest.param(False, 1.0, id="refuses"),
+        pytest.param(True, 0.0, id="accepts and never answers"),
+        pytest.param(False, 40.0, id="refuses until wandb itself gives up", marks=pytest.mark.e2e),
+    ],
 )
 def test_an_unreachable_server_delays_nothing_and_the_rows_are_logged_offline(
     folder: RunFolder, hangs: bool, timeout_s: float

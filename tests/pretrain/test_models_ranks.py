@@ -45,20 +45,26 @@ MODELS: dict[str, dict[str, object]] = {
     },
     "relational": {**SMALL, "stack": {"name": "relational", "options": {"heads": 2, "edge_width": 8}}},
 }
+BRIEF = ("ensemble", "moe", "wrapped", "multistream")
+"""Those that are not left to the long tests: each is one of its kind to a sharding engine."""
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """Losses and norms of all models: by the reference on one rank, and by every stage on two."""
+def results(tmp_path_factory, request):
+    """Losses and norms of all models asked for: by the reference on one rank, and by every stage on two."""
     out = tmp_path_factory.mktemp("models")
-    alone = run_ranks(WORKER, "models", 1, out / "1", configs=MODELS, stages=["torch"])
-    both = run_ranks(WORKER, "models", 2, out / "2", timeout=280, configs=MODELS, stages=STAGES)
+    asked = {item.callspec.params["name"] for item in request.session.items if item.path == request.path}
+    configs = {name: MODELS[name] for name in MODELS if name in asked}
+    alone = run_ranks(WORKER, "models", 1, out / "1", configs=configs, stages=["torch"])
+    both = run_ranks(WORKER, "models", 2, out / "2", timeout=280, configs=configs, stages=STAGES)
     return alone | both
 
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in BRIEF else pytest.mark.e2e) for name in MODELS]
+)
 def test_two_ranks_give_the_losses_and_gradients_of_one(results, name, stage):
     for (loss, norm), (expected, expected_norm) in zip(results[f"{name} {stage}"], results[f"{name} torch"]):
         assert loss == pytest.approx(expected, abs=2e-5)
