@@ -22,8 +22,13 @@ from pretrain.init import initialise
 from pretrain.models.build import build
 
 VOCAB, GOAL = 257, 0.6
-OTHERS = {"half the length": {"length": 0.5}, "wider": {"width": 1.5}, "rows x2": {"rows": 2}}
-"""Sizes beside the demo's, each by what is multiplied."""
+SIZES: dict[str, dict[str, float]] = {
+    "demo": {},
+    "half the length": {"length": 0.5},
+    "wider": {"width": 1.5},
+    "rows x2": {"rows": 2},
+}
+"""The demo's, and others by what of it is multiplied."""
 STEPS = 5
 
 
@@ -38,7 +43,7 @@ def run(options: argparse.Namespace) -> Table:
     config, launch = resolve(["demo"], [])
     demo = {"width": config.model.width, "length": config.model.length, "rows": config.train.batch_rows // launch.ranks}
     table = Table("A step of the ensemble's eight models, CPU time: run as one against in turn")
-    for name, changes in {"demo": {}, **OTHERS}.items():
+    for name, changes in SIZES.items():
         size = {key: int(value * changes.get(key, 1)) for key, value in demo.items()}
         batch = _batch(size["rows"], size["length"])
         model = config.model.model_copy(update={"width": size["width"], "length": size["length"]})
