@@ -21,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 data = typer.Typer(invoke_without_command=True, help="Build shards, check them, look into them, ask what a step read.")
+submit = typer.Typer(invoke_without_command=True, help="Give a run to a cluster's queue.")
 mixers = typer.Typer(invoke_without_command=True, help="List all token mixers; certify them; begin one of your own.")
 
 PREPARE, TRAIN, USE = "Before a run", "Runs", "Trained models"
@@ -188,6 +189,41 @@ def ensemble(
 
     files, values = _split(words)
     raise typer.Exit(train_ensemble(files, values, ranks=ranks, without=without or []))
+
+
+app.add_typer(submit, name="submit", rich_help_panel=TRAIN)
+
+
+@submit.callback()
+def submit_verbs(context: typer.Context) -> None:
+    """Without a verb, say which there are."""
+    verbs(context)
+
+
+@submit.command("slurm")
+def submit_slurm(
+    words: Words,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Machines; instead of launch.nodes.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Processes on all nodes together; left out: one a GPU, or launch.ranks.")
+    ] = None,
+    branch: Annotated[
+        list[str] | None,
+        typer.Option("--from", help="RUN or RUN@STEP to begin a new run from; of an ensemble MODULE=RUN for each."),
+    ] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="A key that may differ from the run's beginning.")] = None,
+    after: Annotated[list[str] | None, typer.Option(metavar="JOB", help="A job that must be done before.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the batch script; submit and write nothing.")
+    ] = False,
+) -> None:
+    """Train in a Slurm job, under a supervisor; it is queued again before its time is over, and goes on."""
+    from launcher.submit import Asked
+    from launcher.submit import submit_slurm as submit_run
+
+    files, values = _split(words)
+    asked = Asked(nodes, ranks, branch or [], allow or [], after or [])
+    submit_run(files, values, asked, dry_run=dry_run)
 
 
 @app.command(rich_help_panel=TRAIN)

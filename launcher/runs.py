@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.errors import INTERRUPTED, PREEMPTED, ConfigError
+from launcher import slurm
+from launcher.slurm import Job
 from pretrain.lease import RENEW_S, STALE_S, Lease
 from pretrain.run_folder import Record, RunFolder
 
@@ -23,7 +25,7 @@ TAIL_BYTES = 1 << 16
 LONG_DEAD_S = 600.0
 """A lease from another host that is older than this is dead: no two clocks of a cluster differ so much."""
 
-What = Literal["running", "done", "stopped", "failed", "killed", "never began"]
+What = Literal["running", "waiting", "done", "stopped", "failed", "killed", "never began"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class State:
     """One run at one moment.
 
     ending: the event that ended the last attempt, if one did. row: the newest metrics. rate: steps a second of late.
-    active: when the run last told anything, in seconds since the epoch.
+    active: when the run last told anything, in seconds since the epoch. job: the one in a queue that is to begin it, or
+    to go on with it.
     """
 
     folder: RunFolder
@@ -57,6 +60,7 @@ class State:
     rate: float | None
     total: int | None
     active: float
+    job: Job | None = None
 
     @property
     def step(self) -> int:
@@ -85,13 +89,24 @@ def read_state(folder: RunFolder, owner: Owner | None) -> State:
     row = rows[-1] if rows else None
     ending = next((event for event in reversed(now) if event["event"] in ("done", "stop")), None)
     active = max([facts.get("created", 0.0), *(record["time"] for record in (*history[-1:], *rows[-1:]))])
-    what = _what(owner, last_launch is not None, ending)
-    return State(folder, what, owner, history, ending, row, _rate(rows), facts.get("steps"), active)
+    job = queued_job(history) if owner is None else None
+    what = _what(owner, last_launch is not None, ending, job)
+    return State(folder, what, owner, history, ending, row, _rate(rows), facts.get("steps"), active, job)
 
 
-def _what(owner: Owner | None, launched: bool, ending: Record | None) -> What:
+def queued_job(history: Sequence[Record]) -> Job | None:
+    """The job that a run was last submitted as, or queued again, where it has not begun yet; as the queue has it."""
+    last = next((event for event in reversed(history) if event["event"] in ("submit", "requeue", "launch")), None)
+    if last is None or last["event"] == "launch" or not slurm.present():
+        return None
+    return slurm.job(last["job"])
+
+
+def _what(owner: Owner | None, launched: bool, ending: Record | None, job: Job | None) -> What:
     if owner is not None:
         return "running"
+    if job is not None and not job.over:
+        return "waiting"
     if not launched:
         return "never began"
     if ending is None:

@@ -21,8 +21,8 @@ from rich.console import Console as Terminal
 
 from configs.errors import DONE, INTERRUPTED, PREEMPTED
 from launcher.console import Console
-from launcher.on_local import REQUESTS
 from launcher.prepare import Prepared
+from launcher.supervise import REQUESTS
 from pretrain.config import total_steps
 
 _POLL_S = 0.1

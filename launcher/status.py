@@ -11,8 +11,9 @@ from rich.console import Console as Terminal
 from rich.table import Table
 from rich.text import Text
 
-from configs.errors import LeviathanError, UsageError
+from configs.errors import INTERRUPTED, LeviathanError, UsageError
 from data_pipeline.files import human_bytes
+from launcher import slurm
 from launcher.branch import shown
 from launcher.runs import Owner, State, owners, read_state, state_of, tail
 from launcher.screen import PLAIN_EVERY_S, harmless, make_facts, make_table, make_terminal, one_line, told
@@ -20,7 +21,14 @@ from pretrain.plots import short_number
 from pretrain.report import duration
 from pretrain.run_folder import Record, RunFolder, step_name
 
-STYLES = {"running": "bold green", "done": "green", "stopped": "yellow", "failed": "bold red", "killed": "bold red"}
+STYLES = {
+    "running": "bold green",
+    "waiting": "cyan",
+    "done": "green",
+    "stopped": "yellow",
+    "failed": "bold red",
+    "killed": "bold red",
+}
 _POLL_S = 0.25
 _SHOWN_EVENTS = 8
 
@@ -95,6 +103,13 @@ def stop(run: str, timeout_s: float) -> None:
     """
     state = state_of(run)
     name, folder = state.folder.name, state.folder
+    if state.what == "waiting" and state.job is not None:
+        slurm.cancel(state.job.number)
+        folder.event(
+            "stop", f"stopped: {name} was taken from the queue ({state.job})", code=INTERRUPTED, step=state.saved
+        )
+        make_terminal().print(f"took {name} from the queue ({state.job})", soft_wrap=True)
+        return
     if state.owner is None:
         raise UsageError(f"{name} is not running ({_short_ending(state)}), so there is nothing to stop")
     terminal = make_terminal()
@@ -160,6 +175,7 @@ def _details(state: State) -> Table:
     folder, row, facts = state.folder, state.row, state.folder.facts()
     table = make_facts(title=f"{folder.name} in {folder.path}")
     where = f", {place(state.owner)} since {_date(state.owner.since)}" if state.owner is not None else ""
+    where = f" ({state.job})" if state.job is not None else where
     table.add_row("state", _what(state).append(where, style="default"))
     share = f" ({state.step / state.total:.0%})" if state.total else ""
     left = "" if state.left_s is None else f", left {duration(state.left_s)}"

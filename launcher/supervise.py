@@ -1,17 +1,240 @@
-"""The supervisor of one run that is ready to start: `python -m launcher.supervise FOLDER`; it dies with its parent."""
+"""The supervisor of a run: start its ranks, watch over them, start them again when one dies, tell all that happens.
+
+It imports no torch. Where the ranks are is their team's business (launcher/team.py). `python -m launcher.supervise
+FOLDER` supervises a run on this machine that is ready to start, and dies with its parent.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import signal
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
-from configs.errors import LeviathanError
+from configs.errors import DONE, INTERRUPTED, PREEMPTED, LeviathanError
 from configs.load import load
 from launcher.config import LaunchConfig
-from launcher.on_local import LocalRun
+from launcher.on_local import LocalTeam
+from launcher.restart import Attempt, decide
+from launcher.team import Team
+from pretrain.health import Beat
+from pretrain.lease import Lease
 from pretrain.run import die_with_parent
 from pretrain.run_folder import RunFolder
+
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""Signals that ask a run to save and leave."""
+
+_POLL_S = 0.05
+_SETTLE_S = 0.5
+_REPEAT_S = 5.0
+_EXPLAINED = (2, 65, 70, 78)
+"""Codes of a rank that knew why it ended, and left a note."""
+
+
+@dataclass
+class _End:
+    """How an attempt ended: the code that decides, and one sentence."""
+
+    code: int
+    cause: str
+    facts: dict[str, object] = field(default_factory=dict)
+
+
+class Supervisor:
+    """All attempts of one run."""
+
+    def __init__(self, team: Team, poll_console: Callable[[], None] = lambda: None) -> None:
+        self._team, self._folder, self._launch = team, team.folder, team.launch
+        self._poll_console = poll_console
+        self._asked_at = 0.0
+        self._at_once = False
+        self.asked: int | None = None
+        """The signal that asked the run to leave, if one did."""
+
+    def run(self) -> int:
+        """Run to the end; return the exit code. Raises ConfigError while another process has the run folder."""
+        lease = Lease(self._folder.path)
+        fence = lease.take()
+        self._listen()
+        try:
+            return self._attempts(fence)
+        finally:
+            self._team.end()
+            self._poll_console()
+            self._team.close()
+            lease.release()
+
+    def _attempts(self, fence: int) -> int:
+        history: list[Attempt] = []
+        number = self._attempts_before()
+        while True:
+            began = self._newest_step()
+            self._folder.attempt = number
+            self._folder.event("launch", f"attempt {number}: starting {self._team.world} ranks on {self._team.place}")
+            self._team.start(number, fence)
+            end = self._watch()
+            self._team.end()
+            self._poll_console()
+            if end.code == DONE:
+                return DONE
+            history.append(Attempt(began, self._newest_step(), end.code, end.cause))
+            if end.code not in (PREEMPTED, INTERRUPTED):
+                self._folder.event("fault", end.cause, **end.facts)
+            decision = decide(history, self._launch.max_restarts)
+            if self.asked is not None or decision.action == "give_up":
+                code = self._asked_code() if self.asked is not None else decision.code
+                self._folder.event("stop", f"stopped: {decision.reason}", code=code, step=self._newest_step())
+                return code
+            self._tell_restart(len(history), end)
+            if not self._pause(decision.wait_s):
+                return self._asked_code()
+            number += 1
+
+    def _watch(self) -> _End:
+        """Until all ranks have ended, one has died, one hangs, or patience after a request to stop is over."""
+        looked = told = asked = 0.0
+        started = time.monotonic()
+        while True:
+            codes = self._team.ended()
+            if any(code != DONE for code in codes.values()):
+                return self._cause_of_death()
+            if len(codes) == self._team.world:
+                return _End(DONE, "done")
+            now = time.monotonic()
+            if self._at_once or (self.asked is not None and now - self._asked_at > self._launch.grace_s):
+                waited = f"after {self._launch.grace_s:.0f} s" if not self._at_once else "at once"
+                return _End(self._asked_code(), f"stopped {waited} without saving; the last checkpoint is valid")
+            if self.asked is not None and now - asked > _REPEAT_S:
+                asked = now  # a rank that only just began may not have listened yet
+                self._team.send(self.asked)
+            if now - looked > 0.5:
+                looked = now
+                hung = self._find_hang(started)
+                if hung is not None:
+                    return hung
+            if now - told > 0.25:
+                told = now
+                self._poll_console()
+            time.sleep(_POLL_S)
+
+    def _cause_of_death(self) -> _End:
+        """Who died first of what: a killed rank makes its peers fail too, so deaths by signal go before exit codes."""
+        deadline = time.monotonic() + _SETTLE_S
+        while time.monotonic() < deadline and len(self._team.ended()) < self._team.world:
+            time.sleep(_POLL_S)
+        dead = {number: code for number, code in sorted(self._team.ended().items()) if code != DONE}
+        killed = [number for number, code in dead.items() if code < 0 and code != -signal.SIGABRT]
+        explained = [number for number, code in dead.items() if code in _EXPLAINED]
+        first = (killed or explained or list(dead))[0]
+        code = dead[first] if dead[first] > 0 else 128 - dead[first]
+        # by a signal to this process, or by a request in the run folder that rank 0 saw
+        if code in (PREEMPTED, INTERRUPTED):
+            return _End(code, "stopped as asked")
+        if self.asked is not None and code == 128 + self.asked:  # it had not yet begun to listen
+            return _End(self._asked_code(), "stopped as asked, before it began")
+        beat = self._team.beats().get(first)
+        return _End(code, self._describe(first, dead[first], beat), self._facts(first, beat))
+
+    def _facts(self, number: int, beat: Beat | None) -> dict[str, object]:
+        return {"rank": number, "host": self._team.host(number), "step": beat.step if beat else 0}
+
+    def _describe(self, number: int, code: int, beat: Beat | None) -> str:
+        where = f"in phase {beat.phase!r} of step {beat.step}" if beat else "before its first sign of life"
+        who = self._team.who(number)
+        if code < 0:
+            name = signal.Signals(-code).name
+            hint = " (the kernel does that when memory runs out: see `dmesg`)" if name == "SIGKILL" else ""
+            return f"{who} died {where}: {name}{hint}"
+        with contextlib.suppress(OSError, ValueError):
+            note = json.loads(self._folder.exit_of(number).read_bytes())
+            return note["message"] if code in _EXPLAINED else f"{who} failed {where}: {note['message']}"
+        return f"{who} ended {where} with exit code {code}; see {self._folder.log_of(number)}"
+
+    def _find_hang(self, started: float) -> _End | None:
+        """The rank without a sign of life for longer than it may be; stacks of all are stored first."""
+        over = self._team.ended()
+        beats = {number: beat for number, beat in self._team.beats().items() if number not in over}
+        # a rank within a step may only wait for one that still fetches its data: none is judged before the most patient
+        patience = max((self._limit(beat) for beat in beats.values()), default=0.0)
+        frozen = self._team.frozen() & set(beats)
+        oldest: tuple[float, int] | None = None
+        for number, beat in beats.items():
+            age = beat.age_s if beat else time.monotonic() - started
+            limit = min(patience, self._launch.hang_s) if number in frozen else patience
+            if age > limit and (oldest is None or age > oldest[0]):
+                oldest = (age, number)
+        if oldest is None:
+            return None
+        # a stopped process hangs by itself; the others only wait for it
+        number = min(frozen, default=oldest[1])
+        beat = beats[number]
+        self._team.send(signal.SIGUSR2)
+        time.sleep(_SETTLE_S)
+        where = f"(last: {beat.phase} of step {beat.step})" if beat else "(it never began)"
+        cause = (
+            f"{self._team.who(number)}: no progress for {oldest[0]:.0f} s {where}; stacks of all ranks are in"
+            f" {self._folder.logs}"
+        )
+        return _End(128 + signal.SIGKILL, cause, self._facts(number, beat))
+
+    def _limit(self, beat: Beat | None) -> float:
+        if beat is None or beat.phase != "step" or beat.step_s == 0.0:
+            return self._launch.start_s
+        return max(self._launch.hang_s, 5 * beat.step_s)
+
+    def _listen(self) -> None:
+        for number in REQUESTS:
+            signal.signal(number, self._on_signal)
+        # whoever started this process may have held them back until somebody listens
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Pass the request on; a second Ctrl-C ends everything at once."""
+        if number == signal.SIGINT and self.asked == signal.SIGINT:
+            self._at_once = True
+        if self.asked is None:
+            self.asked, self._asked_at = number, time.monotonic()
+            budget = (
+                f"{signal.Signals(number).name}: finishing the step and saving (at most {self._launch.grace_s:.0f} s)"
+            )
+            again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
+            self._folder.event("signal", budget + again, signal=signal.Signals(number).name)
+        self._team.send(number)
+
+    def _asked_code(self) -> int:
+        return INTERRUPTED if self.asked == signal.SIGINT else PREEMPTED
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait before a restart; False when asked to stop meanwhile."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.asked is None:
+            self._poll_console()
+            time.sleep(_POLL_S)
+        return self.asked is None
+
+    def _tell_restart(self, number: int, end: _End) -> None:
+        step, most = self._newest_step(), self._launch.max_restarts
+        redo = max(0, int(str(end.facts.get("step", step))) - step)
+        origin = f"from step {step}, {redo} steps to redo" if step else "from the beginning: nothing was saved yet"
+        self._folder.event(
+            "restart", f"restart {number}/{most if most is not None else '∞'} {origin}", step=step, redo=redo
+        )
+
+    def _attempts_before(self) -> int:
+        """Attempts are numbered over the whole life of the run, so that readers know which line is the last."""
+        launches = (record["attempt"] for record in self._folder.history() if record["event"] == "launch")
+        return 1 + max(launches, default=-1)
+
+    def _newest_step(self) -> int:
+        """The step of the newest committed checkpoint; 0 where there is none."""
+        return max(self._folder.committed_steps(), default=0)
 
 
 def main(arguments: list[str]) -> int:
@@ -20,7 +243,7 @@ def main(arguments: list[str]) -> int:
     os.umask(0o077)  # a run is its owner's alone
     folder = RunFolder(Path(arguments[0]))
     try:
-        return LocalRun(folder, load(LaunchConfig, [folder.launch]), lambda: None).run()
+        return Supervisor(LocalTeam(folder, load(LaunchConfig, [folder.launch]))).run()
     except LeviathanError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

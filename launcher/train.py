@@ -10,8 +10,9 @@ from rich.console import Console as Terminal
 
 from configs.errors import CANNOT_GO_ON, DATA_INVALID, DONE, INTERRUPTED, PREEMPTED, USAGE, WRONG_CONFIG
 from launcher.console import Console
-from launcher.on_local import LocalRun
+from launcher.on_local import LocalTeam
 from launcher.prepare import prepare
+from launcher.supervise import Supervisor
 from pretrain.config import total_steps
 from pretrain.run_folder import RunFolder
 
@@ -29,7 +30,7 @@ def train_here(
     terminal.print(f"run [bold]{prepared.folder.name}[/bold] in {prepared.folder.path}")
     console = Console(prepared.folder, total_steps(prepared.config))
     try:
-        code = LocalRun(prepared.folder, prepared.launch, console.poll).run()
+        code = Supervisor(LocalTeam(prepared.folder, prepared.launch), console.poll).run()
     finally:
         console.close()
     tell_end(terminal, prepared.folder, code)

@@ -36,6 +36,11 @@ def why(state: State) -> str:
     name = state.folder.name
     if state.owner is not None:
         return _running(state)
+    if state.what == "waiting":
+        return f"{name} waits in the queue ({state.job}); nothing to do but wait, or `leviathan stop {name}`"
+    if state.what == "never began" and state.job is not None:
+        log = state.folder.path / f"slurm-{state.job.number}.log"
+        return f"{name} never began: its job ended before it could ({state.job}); see {log}, then submit it again"
     if state.what == "never began":
         return f"{name} never began: its folder was prepared {_ago(state)}, and nothing started; run `leviathan train`"
     if state.ending is None:

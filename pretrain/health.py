@@ -12,6 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from configs.errors import CannotGoOnError
+from pretrain.beacon import Beacon, Told
 
 PHASES = ("start", "restore", "data", "step", "save", "evaluate", "end")
 _RECORD = struct.Struct("<dqqq")  # monotonic seconds, step, phase, median step in microseconds
@@ -32,12 +33,16 @@ class Beat:
 
 
 class Heartbeat:
-    """A few bytes of shared memory that a rank writes at every phase and its supervisor reads."""
+    """A few bytes of shared memory that a rank writes at every phase and its supervisor reads.
+
+    Where the supervisor is on another host, a beacon tells it the same.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self._map: mmap.mmap | None = None
         self._step_us = 0
         self._began = 0.0
+        self._last: Told = (time.monotonic(), 0, 0, 0)
         if path is not None:
             path.write_bytes(bytes(_RECORD.size))
             with open(path, "r+b") as file:
@@ -47,12 +52,12 @@ class Heartbeat:
     def from_environment(cls, rank: int) -> Heartbeat:
         """Where the supervisor watches; nowhere if there is none."""
         folder = os.environ.get("LEVIATHAN_HEARTBEAT")
-        return cls(heartbeat_file(Path(folder), rank) if folder else None)
+        heartbeat = cls(heartbeat_file(Path(folder), rank) if folder else None)
+        Beacon.from_environment(rank, lambda: heartbeat._last)
+        return heartbeat
 
     def at(self, phase: str, step: int) -> None:
         """Tell that `phase` of `step` begins."""
-        if self._map is None:
-            return
         now = time.monotonic()
         if phase == "data":
             if self._began:
@@ -60,7 +65,9 @@ class Heartbeat:
                 # a slow average: one long step (a save, an evaluation) must not blind the watch
                 self._step_us = took if not self._step_us else self._step_us + (took - self._step_us) // 16
             self._began = now
-        _RECORD.pack_into(self._map, 0, now, step, PHASES.index(phase), self._step_us)
+        self._last = (now, step, PHASES.index(phase), self._step_us)
+        if self._map is not None:
+            _RECORD.pack_into(self._map, 0, *self._last)
 
 
 def heartbeat_file(folder: Path, rank: int) -> Path:

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import pytest
 
 from launcher.config import LaunchConfig
-from launcher.on_local import LocalRun, _Rank
+from launcher.on_local import LocalTeam, _Rank
+from launcher.supervise import Supervisor
 from pretrain.health import PHASES, heartbeat_file
 from pretrain.run_folder import RunFolder
 from tests.conftest import wait_until
@@ -22,18 +23,19 @@ HANG_S, START_S = 2.0, 60.0
 
 
 @pytest.fixture
-def run(tmp_path) -> Iterator[LocalRun]:
+def run(tmp_path) -> Iterator[Supervisor]:
     """Two ranks that do nothing, watched."""
     folder = RunFolder(tmp_path / "run")
     folder.make()
-    local = LocalRun(folder, LaunchConfig(ranks=2, hang_s=HANG_S, start_s=START_S), lambda: None)
+    local = LocalTeam(folder, LaunchConfig(ranks=2, hang_s=HANG_S, start_s=START_S))
+    local._heartbeats = tmp_path
     script = "import signal, time; signal.signal(signal.SIGUSR2, signal.SIG_IGN); print(flush=True); time.sleep(60)"
     for number in range(2):
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.readline()
         local._ranks.append(_Rank(number, process))
-    yield local
+    yield Supervisor(local)
     for rank in local._ranks:
         rank.process.kill()
         rank.process.wait()
@@ -49,7 +51,7 @@ def beat(folder, rank, phase, age_s, step_s=0.1):
 def judged(run, tmp_path, first, second):
     for rank, (phase, age_s) in enumerate((first, second)):
         beat(tmp_path, rank, phase, age_s)
-    return run._find_hang(tmp_path, time.monotonic() - 100)
+    return run._find_hang(time.monotonic() - 100)
 
 
 def test_steps_that_last_too_long_are_a_hang(run, tmp_path):
@@ -62,25 +64,25 @@ def test_steps_that_last_too_long_are_a_hang(run, tmp_path):
 def test_five_usual_steps_are_no_hang(run, tmp_path):
     for rank in range(2):
         beat(tmp_path, rank, "step", 4.0, step_s=1.0)
-    assert run._find_hang(tmp_path, time.monotonic()) is None
+    assert run._find_hang(time.monotonic()) is None
 
 
 @pytest.mark.parametrize("phase", ["data", "save", "evaluate", "restore"])
 def test_a_rank_that_waits_for_one_that_fetches_or_saves_does_not_hang(run, tmp_path, phase):
     assert judged(run, tmp_path, ("step", 30.0), (phase, 30.0)) is None
     end = judged(run, tmp_path, ("step", 70.0), (phase, 71.0))
-    assert f"rank 1 (pid {run._ranks[1].process.pid}" in end.cause
+    assert f"rank 1 (pid {run._team._ranks[1].process.pid}" in end.cause
     assert f"(last: {phase} of step 7)" in end.cause
 
 
 def test_a_stopped_process_is_found_soon_whatever_it_was_doing(run, tmp_path):
-    pid = run._ranks[1].process.pid
+    pid = run._team._ranks[1].process.pid
     os.kill(pid, signal.SIGSTOP)
-    wait_until(lambda: run._is_stopped(1), 5)
+    wait_until(lambda: 1 in run._team.frozen(), 5)
     assert judged(run, tmp_path, ("step", 1.0), ("data", 1.0)) is None
     assert f"rank 1 (pid {pid}" in judged(run, tmp_path, ("step", 3.0), ("data", 3.0)).cause
 
 
 def test_a_rank_that_never_gives_a_sign_of_life_is_found(run, tmp_path):
-    assert run._find_hang(tmp_path, time.monotonic() - START_S + 5) is None
-    assert "it never began" in run._find_hang(tmp_path, time.monotonic() - START_S - 1).cause
+    assert run._find_hang(time.monotonic() - START_S + 5) is None
+    assert "it never began" in run._find_hang(time.monotonic() - START_S - 1).cause

@@ -1,0 +1,213 @@
+"""A run within a Slurm job: the batch step supervises, one `srun` starts the ranks, the queue is asked again in time.
+
+`python -m launcher.on_slurm FOLDER` is what the batch script becomes. Who mends what: a rank that dies is started again
+by the supervisor, within the allocation; a node that dies, by Slurm, which queues the job again (--requeue); a time
+limit that comes near (USR1) is met by saving and `scontrol requeue`. No other end of a run is ever queued again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from configs.errors import CANNOT_GO_ON, PREEMPTED, ConfigError, LeviathanError
+from configs.load import load
+from launcher import slurm
+from launcher.beacons import Beacons
+from launcher.config import LaunchConfig
+from launcher.network import free_port, own_address_towards
+from launcher.restart import NO_PROGRESS_LIMIT
+from launcher.snapshot import ROOT, check_code
+from launcher.supervise import Supervisor
+from launcher.team import Team
+from pretrain.health import Beat
+from pretrain.run_folder import Record, RunFolder
+
+_TOLD = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+)")
+_EXITED = re.compile(r"Exited with exit code (\d+)")
+_SIGNALS = {signal.strsignal(number): int(number) for number in signal.Signals}
+_END_S, _QUEUE_S = 20.0, 60.0
+
+
+class SlurmTeam(Team):
+    """The tasks of one `srun` in this job's allocation, dealt in order: as many to each node as to the next."""
+
+    def __init__(self, folder: RunFolder, launch: LaunchConfig, job: str) -> None:
+        super().__init__(folder, launch)
+        self._job, self._hosts = job, slurm.hosts(os.environ["SLURM_JOB_NODELIST"])
+        if len(self._hosts) != launch.nodes:
+            raise ConfigError(
+                f"job {job} has {len(self._hosts)} nodes and the run wants {launch.nodes}; submit it again"
+            )
+        self._address = slurm.address(self._hosts[0])
+        self._beacons = Beacons(own_address_towards(self._address), self.world)
+        self._srun: subprocess.Popen[str] | None = None
+        self._codes: dict[int, int] = {}
+
+    @property
+    def place(self) -> str:
+        again = os.environ.get("SLURM_RESTART_COUNT", "0")
+        restarts = f", queued again {again} times" if again != "0" else ""
+        return f"{', '.join(self._hosts)} (Slurm job {self._job}{restarts})"
+
+    def start(self, attempt: int, fence: int) -> None:
+        self.forget_exits()
+        self._codes = {}
+        environment = (
+            os.environ
+            | self.common_environment(attempt, fence)
+            | {
+                "MASTER_ADDR": self._address,
+                "MASTER_PORT": str(free_port(self._address)),
+                "LEVIATHAN_BEACON": self._beacons.next_attempt(),
+                "LEVIATHAN_RANKS_OF_A_NODE": str(self.world // self.launch.nodes),
+            }
+        )
+        self._srun = subprocess.Popen(
+            self._words(), env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            text=True, start_new_session=True,
+        )  # fmt: skip
+        threading.Thread(target=self._listen, args=(self._srun,), daemon=True, name="srun").start()
+
+    def _words(self) -> list[str]:
+        launch, asks = self.launch, self.launch.slurm
+        # the first task that ends must not take the others with it: they may be saving. The supervisor judges
+        words = ["srun", "--kill-on-bad-exit=0", "--wait=0", "--distribution=block", "--open-mode=append",
+                 f"--nodes={launch.nodes}", f"--ntasks={self.world}",
+                 f"--ntasks-per-node={self.world // launch.nodes}",
+                 f"--output={str(self.folder.logs.resolve()).replace('%', '%%')}/rank_%5t.log"]  # fmt: skip
+        if asks.cpus_per_rank is not None:
+            words.append(f"--cpus-per-task={asks.cpus_per_rank}")
+        if asks.gpus_per_node is not None:
+            words.append("--gpu-bind=none")
+        return [*words, *asks.wrapper, sys.executable, "-P", "-m", "launcher.slurm_task", str(self.folder.path)]
+
+    def _listen(self, srun: subprocess.Popen[str]) -> None:
+        """Take note of what srun tells of tasks that end badly, and pass the rest on to the job's own log."""
+        assert srun.stderr is not None
+        for line in srun.stderr:
+            print(line, end="", file=sys.stderr, flush=True)
+            self._codes |= codes_told(line)
+
+    def ended(self) -> dict[int, int]:
+        assert self._srun is not None
+        code = self._srun.poll()
+        if code is None:
+            return dict(self._codes)
+        # those that srun told nothing of ended well, unless it failed as a whole
+        rest = 0 if code == 0 or self._codes else code
+        return dict.fromkeys(range(self.world), rest) | self._codes
+
+    def beats(self) -> dict[int, Beat | None]:
+        return self._beacons.beats()
+
+    def frozen(self) -> set[int]:
+        return set()
+
+    def host(self, number: int) -> str:
+        return self._hosts[number // (self.world // self.launch.nodes)]
+
+    def who(self, number: int) -> str:
+        return f"rank {number} (host {self.host(number)}, Slurm job {self._job})"
+
+    def send(self, number: int) -> None:
+        # srun forwards both of these to all tasks; it takes others for itself
+        if self._srun is not None and self._srun.poll() is None:
+            self._srun.send_signal(signal.SIGUSR2 if number == signal.SIGUSR2 else signal.SIGUSR1)
+
+    def end(self) -> None:
+        if self._srun is None or self._srun.poll() is not None:
+            return
+        with contextlib.suppress(LeviathanError):
+            slurm.kill_steps(self._job)
+        try:
+            self._srun.wait(timeout=_END_S)
+        except subprocess.TimeoutExpired:
+            self._srun.kill()
+            self._srun.wait()
+
+    def close(self) -> None:
+        self._beacons.close()
+
+
+def codes_told(line: str) -> dict[int, int]:
+    """Exit codes of tasks in a line of srun's, such as `srun: error: n2: tasks 1-2: Killed`."""
+    found = _TOLD.match(line.strip())
+    if found is None:
+        return {}
+    _, tasks, how = found.groups()
+    exited = _EXITED.match(how)
+    if exited is not None:
+        code = int(exited.group(1))
+    else:
+        name = how.removesuffix(" (core dumped)")
+        if name not in _SIGNALS:
+            return {}
+        code = -_SIGNALS[name]
+    return dict.fromkeys(_numbers(tasks.split(",")), code)
+
+
+def _numbers(spans: Sequence[str]) -> Iterable[int]:
+    for span in spans:
+        first, _, last = span.partition("-")
+        yield from range(int(first), int(last or first) + 1)
+
+
+def may_requeue(history: Sequence[Record], most: int) -> str | None:
+    """Why a run may not be queued again after its last request; None where it may. most: how often at all."""
+    steps = [event["step"] for event in history if event["event"] == "requeue"]
+    if len(steps) >= most:
+        return f"it was queued again {len(steps)} times, and launch.slurm.requeues is {most}"
+    if len(steps) >= NO_PROGRESS_LIMIT and len(set(steps[-NO_PROGRESS_LIMIT:])) == 1:
+        return (
+            f"it was queued again {NO_PROGRESS_LIMIT} times in a row at step {steps[-1]}: jobs are too short to save"
+            " in; set a longer launch.slurm.time, or save more often"
+        )
+    return None
+
+
+def main(arguments: list[str]) -> int:
+    """Supervise the run of a folder in this job; return the exit code of the job."""
+    os.umask(0o077)  # a run is its owner's alone
+    folder, job = RunFolder(Path(arguments[0])), slurm.inside()
+    try:
+        if job is None:
+            raise ConfigError("this is no Slurm job; use `leviathan submit slurm`")
+        if ROOT.name.startswith("code-"):
+            check_code(ROOT)
+        launch = load(LaunchConfig, [folder.launch])
+        supervisor = Supervisor(SlurmTeam(folder, launch, job))
+        code = supervisor.run()
+        if code == PREEMPTED and supervisor.asked == signal.SIGUSR1:
+            code = _queue_again(folder, launch, job)
+        return code
+    except LeviathanError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        folder.event("stop", f"stopped: {error}", code=error.exit_code, step=max(folder.committed_steps(), default=0))
+        return error.exit_code
+
+
+def _queue_again(folder: RunFolder, launch: LaunchConfig, job: str) -> int:
+    step, reason = max(folder.committed_steps(), default=0), may_requeue(folder.history(), launch.slurm.requeues)
+    if reason is not None:
+        folder.event("stop", f"stopped: {reason}", code=CANNOT_GO_ON, step=step)
+        return CANNOT_GO_ON
+    folder.event(
+        "requeue", f"job {job} is queued again by {socket.gethostname()}; it goes on from step {step}", step=step
+    )
+    slurm.requeue(job)
+    time.sleep(_QUEUE_S)  # Slurm ends this job meanwhile: to leave first would look like its own end
+    return PREEMPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,157 @@
+"""`leviathan submit`: a run folder made ready, the code kept in it, a script that anybody can read, and the queue."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.console import Console as Terminal
+
+from configs.errors import ConfigError
+from data_pipeline.files import write_whole
+from launcher import slurm
+from launcher.config import LaunchConfig, SlurmConfig, one_word
+from launcher.prepare import Prepared, prepare, resolve, run_folder
+from launcher.snapshot import ROOT, code_name, keep_code
+from pretrain.run_folder import RunFolder
+
+TEMPLATES = ROOT / "slurm"
+_EARLY_S = 60
+"""Slurm sends the signal before a time limit up to so much earlier than it was asked to."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says besides the configuration. after: jobs that must be done before."""
+
+    nodes: int | None
+    ranks: int | None
+    branch: Sequence[str]
+    allow: Sequence[str]
+    after: Sequence[str] = ()
+
+
+def submit_slurm(files: Sequence[str], words: Sequence[str], asked: Asked, *, dry_run: bool) -> None:
+    """Submit a run, or print the script. Raises ConfigError where the run waits or runs already."""
+    os.umask(0o077)  # a run is its owner's alone
+    words = [*words, *_cluster_words(files, words, asked)]
+    if dry_run:
+        config, launch = resolve(files, words)
+        folder = run_folder(config, files)
+        sys.stdout.write(render(folder, launch, folder.path / code_name()))
+        return
+    slurm.check_present()
+    terminal = Terminal(highlight=False)
+    config, _ = resolve(files, words)
+    check_not_queued(run_folder(config, files))
+    run = prepare(files, words, ranks=None, branch=asked.branch, allow=asked.allow)
+    number = queue(run, asked.after)
+    terminal.print(f"run [bold]{run.folder.name}[/bold] is Slurm job [bold]{number}[/bold], in {run.folder.path}")
+    terminal.print(
+        f"follow it with leviathan status {run.folder.name} | leviathan logs {run.folder.name} -f", soft_wrap=True
+    )
+
+
+def queue(run: Prepared, after: Sequence[str] = ()) -> str:
+    """Write the script of a run that is ready into its folder, and submit it; return the job's number."""
+    script = run.folder.path / "job.sbatch"
+    write_whole(script, render(run.folder, run.launch, keep_code(run.folder.path)).encode())
+    dependency = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
+    number = slurm.submit(str(script), dependency)
+    run.folder.set_facts(job={"slurm": number, "submitted": time.time()}, verb="submit slurm")
+    run.folder.event("submit", f"submitted as Slurm job {number}", job=number)
+    return number
+
+
+def check_not_queued(folder: RunFolder) -> None:
+    """Raises ConfigError where a run's job still waits or runs."""
+    number = folder.facts().get("job", {}).get("slurm") if folder.path.is_dir() else None
+    job = slurm.job(number) if number is not None and slurm.present() else None
+    if job is not None and not job.over:
+        raise ConfigError(
+            f"run {folder.name} is Slurm job {number} already ({job.state}); follow it with `leviathan status"
+            f" {folder.name}`, or end it with `leviathan stop {folder.name}`"
+        )
+
+
+def render(folder: RunFolder, launch: LaunchConfig, code: Path) -> str:
+    """The batch script of a run. Raises ConfigError where a path cannot stand in one."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
+    environment.filters["sh"] = shlex.quote
+    asks, path = launch.slurm, folder.path.resolve()
+    env_file = None if asks.env_file is None else Path(asks.env_file).expanduser().resolve()
+    if env_file is not None and not env_file.is_file():
+        raise ConfigError(f"launch.slurm.env_file: there is no file {env_file}; write it, or leave env_file empty")
+    words = [asks.python or sys.executable, "-P", "-m", "launcher.on_slurm", str(path)]
+    return environment.get_template("job.sbatch").render(
+        options=_options(folder, launch), cwd=str(Path.cwd()), env_file=None if env_file is None else str(env_file),
+        code=str(code.resolve()), words=words,
+    )  # fmt: skip
+
+
+def _options(folder: RunFolder, launch: LaunchConfig) -> list[str]:
+    """Of sbatch, as they stand in the script."""
+    asks = launch.slurm
+    _check_time(asks)
+    try:
+        log = one_word(str(folder.path.resolve()), "the path").replace("%", "%%")
+        name = one_word(folder.name, "the name")
+    except ValueError as error:
+        raise ConfigError(f"run {folder.name}: {error}; choose another run.name or run.dir") from None
+    chosen = {
+        "partition": asks.partition, "account": asks.account, "qos": asks.qos, "reservation": asks.reservation,
+        "constraint": asks.constraint, "time": asks.time, "gpus-per-node": asks.gpus_per_node,
+        "cpus-per-task": asks.cpus_per_rank, "mem": asks.mem,
+    }  # fmt: skip
+    return [
+        f"--job-name={name}",
+        f"--nodes={launch.nodes}",
+        f"--ntasks-per-node={launch.ranks // launch.nodes}",
+        *(f"--{option}={value}" for option, value in chosen.items() if value is not None),
+        f"--output={log}/slurm-%j.log",
+        "--open-mode=append",
+        "--requeue",
+        f"--signal=B:USR1@{asks.before_limit_s}",
+        *asks.extra,
+    ]
+
+
+def _check_time(asks: SlurmConfig) -> None:
+    """Raises ConfigError where a job would be told to save before it has begun."""
+    if asks.time is None:
+        return
+    days, _, clock = asks.time.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if days:  # D-HH[:MM[:SS]]
+        seconds = int(days) * 86400 + sum(part * unit for part, unit in zip(parts, (3600, 60, 1)))
+    elif len(parts) == 3:
+        seconds = parts[0] * 3600 + parts[1] * 60 + parts[2]
+    else:  # MM[:SS]
+        seconds = parts[0] * 60 + (parts[1] if len(parts) == 2 else 0)
+    if seconds <= asks.before_limit_s + _EARLY_S:
+        raise ConfigError(
+            f"launch.slurm.time {asks.time} leaves no time to train: a run saves launch.slurm.before_limit_s"
+            f" {asks.before_limit_s} s before the limit, and Slurm says so up to {_EARLY_S} s early; set a longer time"
+        )
+
+
+def _cluster_words(files: Sequence[str], words: Sequence[str], asked: Asked) -> list[str]:
+    """Nodes and ranks as the command line asks for them: a rank for each GPU where GPUs are asked for."""
+    values = {"nodes": asked.nodes, "ranks": asked.ranks}
+    said = {match.group(1) for word in words if (match := re.match(r"launch\.(ranks|nodes)=", word))}
+    chosen = [f"launch.{name}={value}" for name, value in values.items() if value is not None]
+    if asked.ranks is None and "ranks" not in said and asked.nodes is not None:
+        _, launch = resolve(files, [*words, f"launch.ranks={asked.nodes}", f"launch.nodes={asked.nodes}"])
+        if launch.slurm.gpus_per_node is not None:
+            chosen.append(f"launch.ranks={asked.nodes * launch.slurm.gpus_per_node}")
+    return chosen

@@ -1,0 +1,164 @@
+"""Runs in jobs of a real Slurm with two nodes, and what may happen to them there."""
+
+from __future__ import annotations
+
+import time
+
+import psutil
+import pytest
+
+from pretrain.checkpoint_files import newest_readable
+from pretrain.run_folder import RunFolder
+from tests.conftest import events, leviathan, losses, wait_until, write_tiny
+from tests.mini_slurm import MiniSlurm, missing
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(missing() is not None, reason=missing() or ""),
+]
+
+TWO = ("--nodes", 2, "--ranks", 2)
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+JOB_S = 150
+"""The longest a job of these tests may take on two busy cores."""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with MiniSlurm(2) as slurm:
+        yield slurm
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, corpus, tmp_path_factory):
+    """The same twenty steps on this machine, with nothing happening."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = leviathan("train", write_tiny(folder, shards, corpus), "--ranks", 2)
+    assert done.code == 0, done.err
+    return RunFolder(folder / "runs" / "tiny")
+
+
+def submit(cluster, config, *words, env=None):
+    """The run's folder, and the number of its job."""
+    done = leviathan("submit", "slurm", config, *TWO, *words, env=cluster.env | (env or {}))
+    assert done.code == 0, done.err
+    run = RunFolder(config.parent / "runs" / "tiny")
+    return run, run.facts()["job"]["slurm"]
+
+
+def until_over(cluster, job):
+    """How a job ended; one that is queued again does not wait for Slurm's pause."""
+    end = time.monotonic() + JOB_S
+    while (state := cluster.state(job)) not in OVER:
+        assert time.monotonic() < end, f"job {job} is still {state}"
+        if state == "PENDING" and cluster.restarts(job):
+            cluster.start_at_once(job)
+        time.sleep(0.3)
+    return state
+
+
+def output_of(run, job):
+    return (run.path / f"slurm-{job}.log").read_text()
+
+
+def processes_of(run):
+    return [p for p in psutil.process_iter(["cmdline"]) if str(run.path) in (p.info["cmdline"] or [])]
+
+
+def assert_same(run, reference):
+    assert losses(run) == losses(reference)
+    files = [[note["sha256"] for note in newest_readable(each).facts["files"]] for each in (run, reference)]
+    assert files[0] == files[1]
+
+
+def test_a_job_trains_on_two_nodes_and_says_so(cluster, tiny, undisturbed):
+    run, job = submit(cluster, tiny)
+    assert until_over(cluster, job) == "COMPLETED", output_of(run, job)
+    assert_same(run, undisturbed)
+    assert events(run, "launch") == [f"attempt 0: starting 2 ranks on n1, n2 (Slurm job {job})"]
+    assert "rank 0" in run.log_of(0).read_text() or run.log_of(0).exists()
+    assert run.log_of(1).exists()
+    assert not processes_of(run)
+    again = leviathan("submit", "slurm", tiny, *TWO, env=cluster.env)
+    assert again.code == 0, again.err
+
+
+def test_a_killed_rank_is_started_again_within_the_job(cluster, tiny, undisturbed):
+    run, job = submit(cluster, tiny, env={"LEVIATHAN_FAULT": "step.before_update:1:12"})
+    assert until_over(cluster, job) == "COMPLETED", output_of(run, job)
+    assert_same(run, undisturbed)
+    (fault,) = events(run, "fault")
+    assert fault.startswith(f"rank 1 (host n2, Slurm job {job}) died")
+    assert "SIGKILL" in fault
+    assert events(run, "restart") == ["restart 1/∞ from step 10, 3 steps to redo"]
+    assert cluster.restarts(job) == 0
+
+
+def test_before_its_time_is_over_a_job_saves_and_is_queued_again_five_times(cluster, tiny, undisturbed):
+    rests = [2, 5, 9, 12, 16]
+    slow = {"LEVIATHAN_FAULT": ",".join(f"step.before_forward:0:{step}:sleep=3" for step in rests)}
+    run, job = submit(cluster, tiny, env=slow)
+    for number, step in enumerate(rests):
+        wait_until(lambda wanted=step: len(run.steps()) >= wanted, seconds=JOB_S)
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
+        wait_until(lambda wanted=number + 1: len(events(run, "requeue")) == wanted, seconds=60)
+        wait_until(lambda: cluster.state(job) == "PENDING", seconds=60)
+        cluster.start_at_once(job)
+    assert until_over(cluster, job) == "COMPLETED", output_of(run, job)
+    assert cluster.restarts(job) == 5
+    assert_same(run, undisturbed)
+    assert not events(run, "fault")
+    attempts = [row["attempt"] for row in run.steps().values()]
+    assert attempts == sorted(attempts)
+    assert len(set(attempts)) == 6, "every job went on where the last one had saved, and no step was done twice"
+
+
+def test_a_wrong_configuration_fails_at_once_and_is_never_queued_again(cluster, tiny):
+    run, job = submit(cluster, tiny, "data.tokenizer=sp:300")
+    assert until_over(cluster, job) == "FAILED"
+    assert cluster.exit_code(job).split(":")[0] in ("65", "78")
+    assert cluster.restarts(job) == 0
+    assert len(events(run, "launch")) == 1
+    assert not events(run, "requeue")
+
+
+def test_a_cancelled_job_leaves_no_process(cluster, tiny):
+    run, job = submit(cluster, tiny, "train.steps=100000", "checkpoint.every=1000")
+    wait_until(lambda: len(run.steps()) >= 3, seconds=JOB_S)
+    cluster.run("scancel", job)
+    wait_until(lambda: cluster.state(job) == "CANCELLED", seconds=60)
+    wait_until(lambda: not processes_of(run), seconds=40)
+    assert not events(run, "requeue")
+
+
+def test_a_run_that_waits_or_runs_is_not_submitted_twice(cluster, tiny):
+    _, job = submit(cluster, tiny, "train.steps=100000", "launch.slurm.extra=[--hold]")
+    waits = leviathan("why", tiny.parent / "runs" / "tiny", env=cluster.env)
+    assert waits.out.startswith(f"tiny waits in the queue (Slurm job {job}: PENDING")
+    again = leviathan("submit", "slurm", tiny, *TWO, env=cluster.env)
+    taken = leviathan("stop", tiny.parent / "runs" / "tiny", env=cluster.env)
+    assert again.code == 78
+    assert again.err.startswith(f"error: run tiny is Slurm job {job} already (PENDING)")
+    assert taken.code == 0, taken.err
+    assert cluster.state(job) == "CANCELLED"
+
+
+def test_code_that_was_changed_after_submission_does_not_run(cluster, tiny):
+    run, job = submit(cluster, tiny, "launch.slurm.extra=[--hold]")
+    (copy,) = run.path.glob("code-*")
+    with open(copy / "pretrain" / "trainer.py", "a") as file:
+        file.write("# changed\n")
+    cluster.run("scontrol", "release", job)
+    assert until_over(cluster, job) == "FAILED"
+    assert cluster.exit_code(job) == "78:0"
+    assert "was changed since it was submitted" in output_of(run, job)
+    assert not run.steps()
+
+
+def test_a_rank_that_is_stopped_is_found_and_the_run_goes_on(cluster, tiny, undisturbed):
+    run, job = submit(cluster, tiny, env={"LEVIATHAN_FAULT": "step.before_forward:1:12:stop"})
+    assert until_over(cluster, job) == "COMPLETED", output_of(run, job)
+    (fault,) = events(run, "fault")
+    assert "no progress for" in fault
+    assert_same(run, undisturbed)

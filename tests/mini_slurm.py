@@ -1,0 +1,200 @@
+"""A real Slurm on this machine for tests: munged, slurmctld, and one slurmd for each node, all in one folder.
+
+Nothing of it is installed or left behind: keys, sockets, state and logs lie in a temporary folder, and clients find it
+by SLURM_CONF. It needs root, and Debian's slurm-wlm, whose slurmd can play several nodes of one host.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
+_UP_S, _DOWN_S = 30.0, 5.0
+
+_CONF = """\
+ClusterName=mini
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmdPort={slurmd_port}
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={base}/munge/socket,cred_expire=5
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={base}/state
+SlurmdSpoolDir={base}/spool/%n
+SlurmctldPidFile={base}/slurmctld.pid
+SlurmdPidFile={base}/slurmd-%n.pid
+SlurmctldLogFile={base}/log/slurmctld.log
+SlurmdLogFile={base}/log/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/none
+MpiDefault=none
+MailProg=/bin/true
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerType=sched/backfill
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=100000,bf_interval=1,bf_resolution=1
+ReturnToService=2
+SlurmctldTimeout=10
+SlurmdTimeout=10
+KillWait=5
+MinJobAge=600
+MessageTimeout=10
+JobRequeue=1
+SlurmdParameters=config_overrides
+{nodes}
+PartitionName=main Nodes=n[1-{count}] Default=YES MaxTime=60 State=UP OverSubscribe=NO
+"""
+
+
+def missing() -> str | None:
+    """Why no Slurm can be started here; None where one can."""
+    if os.geteuid() != 0:
+        return "a Slurm of the tests' own needs root"
+    without = [name for name in NEEDED if shutil.which(name) is None]
+    return f"there is no {', '.join(without)}; install slurm-wlm and munge" if without else None
+
+
+class MiniSlurm:
+    """Use it in `with`: nodes n1, n2, ... are idle then, and gone afterwards."""
+
+    def __init__(self, nodes: int = 2, cpus: int = 4) -> None:
+        self.count, self._cpus = nodes, cpus
+        self.base = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: sockets' paths are
+        self.env = {"SLURM_CONF": str(self.base / "slurm.conf")}
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> MiniSlurm:
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.run("scancel", "--user=root", check=False)
+        for daemon in reversed(self._daemons.values()):
+            if daemon.poll() is None:
+                daemon.terminate()
+        for daemon in self._daemons.values():
+            try:
+                daemon.wait(_DOWN_S)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        shutil.rmtree(self.base, ignore_errors=True)
+
+    def run(self, *words: str, check: bool = True) -> str:
+        """What one of Slurm's commands prints."""
+        environment = os.environ | self.env
+        done = subprocess.run(words, env=environment, check=check, text=True, capture_output=True, timeout=60)
+        return done.stdout
+
+    def state(self, job: str) -> str:
+        """PENDING, RUNNING, COMPLETED, FAILED, ..."""
+        return self._of_job(job, "JobState")
+
+    def exit_code(self, job: str) -> str:
+        """Code and signal, as in `78:0`."""
+        return self._of_job(job, "ExitCode")
+
+    def restarts(self, job: str) -> int:
+        """How often a job was queued again."""
+        return int(self._of_job(job, "Restarts"))
+
+    def start_at_once(self, job: str) -> None:
+        """Lift the pause that Slurm gives to a job that was queued again."""
+        self.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
+
+    def _of_job(self, job: str, fact: str) -> str:
+        facts = self.run("scontrol", "show", "job", job, "-o").split()
+        return next(word.split("=", 1)[1] for word in facts if word.startswith(f"{fact}="))
+
+    def _start(self) -> None:
+        for name in ("state", "log", "munge", *(f"spool/n{i}" for i in self._numbers())):
+            (self.base / name).mkdir(parents=True, exist_ok=True)
+        # munge refuses a socket in a folder that only its owner may enter
+        for place in (self.base, self.base / "munge"):
+            place.chmod(0o755)
+        munge = self.base / "munge"
+        (munge / "key").write_bytes(os.urandom(1024))
+        (munge / "key").chmod(0o600)
+        Path(self.env["SLURM_CONF"]).write_text(self._conf())
+        self._daemon("munged", "--foreground", "--force", f"--key-file={munge}/key", f"--socket={munge}/socket",
+                     f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed")  # fmt: skip
+        self._wait(lambda: (munge / "socket").exists(), "munged")
+        self._daemon("slurmctld", "-D", "-c")
+        for number in self._numbers():
+            self._daemon("slurmd", "-D", "-N", f"n{number}", name=f"n{number}")
+        self._wait(lambda: self._idle() == self.count, "all nodes")
+
+    def _idle(self) -> int:
+        return self.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).split().count("idle")
+
+    def _conf(self) -> str:
+        host, port = socket.gethostname().split(".")[0], _free_ports(self.count + 2)
+        nodes = [
+            f"NodeName=n{n} NodeHostname={host} NodeAddr=127.0.0.1 Port={port[n + 1]} CPUs={self._cpus} RealMemory=8000"
+            for n in self._numbers()
+        ]
+        return _CONF.format(base=self.base, host=host, port=port[0], slurmd_port=port[1], nodes="\n".join(nodes),
+                            count=self.count)  # fmt: skip
+
+    def _numbers(self) -> Sequence[int]:
+        return range(1, self.count + 1)
+
+    def _daemon(self, *words: str, name: str | None = None) -> None:
+        name = name or words[0]
+        with open(self.base / "log" / f"{name}.out", "ab") as out:
+            self._daemons[name] = subprocess.Popen(
+                words, env=os.environ | self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def _wait(self, condition: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + _UP_S
+        while not condition():
+            for name, daemon in self._daemons.items():
+                if daemon.poll() is not None:
+                    raise RuntimeError(f"{name} ended with {daemon.returncode}: {self._log(name)}")
+            if time.monotonic() > end:
+                raise RuntimeError(f"{what} not up within {_UP_S:.0f} s: {self._log('slurmctld')}")
+            time.sleep(0.05)
+
+    def _log(self, name: str) -> str:
+        return (self.base / "log" / f"{name}.out").read_text(errors="replace")[-2000:]
+
+
+def _free_ports(count: int) -> list[int]:
+    """So many ports that nobody has, all different."""
+    probes = [socket.socket() for _ in range(count)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def kill_tasks(pattern: str, number: int = signal.SIGKILL) -> int:
+    """Signal every process whose command line holds `pattern`; return how many there were."""
+    found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=False).stdout.split()
+    for pid in found:
+        os.kill(int(pid), number)
+    return len(found)
