@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
-# by files, so that what the tests of a file share is made once
-BESIDE := --numprocesses auto --maxprocesses 4 --dist loadfile
+# by files, so that what the tests of a file share is made once; in the order of tests/conftest.py
+BESIDE := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-long test-all check lint type fmt bench docs clean
 

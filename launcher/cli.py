@@ -71,12 +71,18 @@ def data_build(
     words: Words,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that work; left out: one a core.")] = None,
     rebuild: Annotated[bool, typer.Option("--rebuild", help="Replace shards of another build in data.dir.")] = False,
+    on: Annotated[Literal["here", "ray"], typer.Option(help="Who works: processes here, or a Ray cluster.")] = "here",
+    address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="Of the Ray cluster, for example 10.0.0.1:6379.")
+    ] = None,
 ) -> None:
     """Make the shards of a configuration in data.dir; goes on where an earlier build was stopped."""
+    if on == "ray" and address is None:
+        raise UsageError("--on ray needs the address of a cluster; give --address, or set RAY_ADDRESS")
     from launcher.data import build_shards
 
     files, values = _split(words)
-    build_shards(files, values, workers, rebuild)
+    build_shards(files, values, workers, rebuild, address if on == "ray" else None)
 
 
 @data.command("check")
@@ -213,16 +219,17 @@ def submit_slurm(
     ] = None,
     allow: Annotated[list[str] | None, typer.Option(help="A key that may differ from the run's beginning.")] = None,
     after: Annotated[list[str] | None, typer.Option(metavar="JOB", help="A job that must be done before.")] = None,
+    without: Annotated[list[str] | None, typer.Option(metavar="MODULE", help="Of an ensemble: leave it out.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the batch script; submit and write nothing.")
     ] = False,
 ) -> None:
-    """Train in a Slurm job, under a supervisor; it is queued again before its time is over, and goes on."""
+    """Train in a Slurm job, queued again before its time is over; an ensemble is a graph of jobs."""
     from launcher.submit import Asked
     from launcher.submit import submit_slurm as submit_run
 
     files, values = _split(words)
-    asked = Asked(nodes, ranks, branch or [], allow or [], after or [])
+    asked = Asked(nodes, ranks, branch or [], allow or [], after or [], without or [])
     submit_run(files, values, asked, dry_run=dry_run)
 
 

@@ -83,6 +83,7 @@ class LaunchConfig(Config):
     hang_s: float = key(10.0, "free", "longest step, unless five usual steps take longer; then it hangs", gt=0)
     start_s: float = key(600.0, "free", "longest time until the first step, and of a save or an evaluation", gt=0)
     grace_s: float = key(25.0, "free", "time to save in after SIGTERM before what is left is killed", gt=0)
+    preflight: bool = key(True, "free", "on a cluster, let every node measure itself before a job starts")
     slurm: SlurmConfig = section(SlurmConfig)
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from data_pipeline.build import Progress, build
 from data_pipeline.files import human_bytes
 from data_pipeline.inspect_shards import check, load_manifest, show
 from data_pipeline.manifest import Manifest, Split
+from data_pipeline.on_ray import ray_executor
 from data_pipeline.places import is_url, public
 from launcher.prepare import resolve
 from launcher.runs import newest_row
@@ -24,19 +26,31 @@ SHOWN_PARTS = 3
 _WHAT = {"scan": "scanning", "sample": "sampling", "train tokenizer": "training the tokenizer", "encode": "encoding"}
 
 
-def build_shards(files: Sequence[str], words: Sequence[str], workers: int | None, rebuild: bool) -> None:
-    """Build data.dir of a configuration, with a bar for each phase and a table at the end."""
+def build_shards(
+    files: Sequence[str], words: Sequence[str], workers: int | None, rebuild: bool, on_ray: str | None = None
+) -> None:
+    """Build data.dir of a configuration, with a bar for each phase and a table at the end.
+
+    on_ray: address of the cluster that works, instead of processes here; its nodes see all paths as this machine does.
+    """
     config, _ = resolve(files, words)
     if is_url(config.data.dir):
         raise ConfigError(
             f"data.dir is {public(config.data.dir)}; build into a folder here, then copy it to where it belongs"
         )
-    out, workers = Path(config.data.dir).expanduser(), workers or cores()
+    out = Path(config.data.dir).expanduser()
     terminal = make_terminal()
-    terminal.print(f"building {out} from {', '.join(config.data.sources) or 'no sources'} with {workers} workers")
     phases = _Phases(terminal)
     try:
-        manifest = build(config.data, out, workers=workers, progress=phases.tell, rebuild=rebuild)
+        with contextlib.nullcontext() if on_ray is None else ray_executor(on_ray) as cluster:
+            # one task at work on each core and one that waits: nothing idles, and nothing piles up
+            many = workers or (cores() if cluster is None else 2 * cluster.cores)
+            who = f"{many} workers" if cluster is None else f"{cluster.cores} cores of {cluster.nodes} nodes (Ray)"
+            terminal.print(f"building {out} from {', '.join(config.data.sources) or 'no sources'} with {who}")
+            manifest = build(
+                config.data, out.resolve() if cluster is not None else out, workers=many, executor=cluster,
+                progress=phases.tell, rebuild=rebuild,
+            )  # fmt: skip
     except KeyboardInterrupt:
         phases.close(finished=False)
         terminal.print("interrupted; what is finished is kept, and the same command goes on from there")

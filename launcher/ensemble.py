@@ -40,8 +40,11 @@ from pretrain.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """config, folder: of the joint run. alone: of every module's run, by module. seed: of the seed's run."""
+class Plan:
+    """The runs of an ensemble.
+
+    config, folder: of the joint run. alone: of every module's run, by module. seed: of the seed's run.
+    """
 
     config: RunConfig
     launch: LaunchConfig
@@ -63,7 +66,7 @@ def folder_of(config: RunConfig) -> RunFolder:
 def train_ensemble(files: Sequence[str], words: Sequence[str], *, ranks: int | None, without: Sequence[str]) -> int:
     """Train an ensemble on this machine, from wherever it is; return the exit code. without: modules to leave out."""
     os.umask(0o077)  # a run is its owner's alone
-    plan = _plan(files, words, ranks, without)
+    plan = plan_ensemble(files, words, ranks, without)
     terminal = Terminal(highlight=False)
     with Supervisors(terminal) as supervisors:
         code = DONE
@@ -74,7 +77,11 @@ def train_ensemble(files: Sequence[str], words: Sequence[str], *, ranks: int | N
     return code
 
 
-def _plan(files: Sequence[str], words: Sequence[str], ranks: int | None, without: Sequence[str]) -> _Plan:
+def plan_ensemble(files: Sequence[str], words: Sequence[str], ranks: int | None, without: Sequence[str]) -> Plan:
+    """Every run of an ensemble. ranks: of each run, instead of launch.ranks. without: modules to leave out.
+
+    Raises UsageError where a configuration has no modules, ConfigError where they do not fit together.
+    """
     config, launch = resolve(files, words)
     if not config.model.ensemble.modules:
         raise UsageError(
@@ -93,18 +100,18 @@ def _plan(files: Sequence[str], words: Sequence[str], ranks: int | None, without
     }
     config = without_modules(config.model_copy(update=named), without)
     alone = {name: module_run(config, name) for name in config.model.ensemble.modules}
-    return _Plan(config, launch, folder, alone, seed_run(config) if config.modules.seed_steps else None)
+    return Plan(config, launch, folder, alone, seed_run(config) if config.modules.seed_steps else None)
 
 
 # ---- the seed
 
 
-def _train_seed(plan: _Plan, supervisors: Supervisors, terminal: Terminal) -> int:
+def _train_seed(plan: Plan, supervisors: Supervisors, terminal: Terminal) -> int:
     """Train the model that modules begin from, while some have not begun."""
     if plan.seed is None or has_begun(plan.folder) or all(has_begun(folder_of(run)) for run in plan.alone.values()):
         return DONE
     folder = folder_of(plan.seed)
-    if _is_done(folder, plan.seed):
+    if is_done(folder, plan.seed):
         terminal.print(
             f"{plan.phase(0)}: done before, step {total_steps(plan.seed):,} of {folder.name}", soft_wrap=True
         )
@@ -117,7 +124,7 @@ def _train_seed(plan: _Plan, supervisors: Supervisors, terminal: Terminal) -> in
     return code
 
 
-def _from_seed(plan: _Plan, module: str) -> Origin | None:
+def from_seed(plan: Plan, module: str) -> Origin | None:
     """What a module begins from: its first model from the seed's end, its second from its half.
 
     From one checkpoint the two would begin equal, and only their couplings would ever tell them apart.
@@ -132,7 +139,7 @@ def _from_seed(plan: _Plan, module: str) -> Origin | None:
 # ---- modules alone
 
 
-def _train_modules(plan: _Plan, supervisors: Supervisors, terminal: Terminal) -> int:
+def _train_modules(plan: Plan, supervisors: Supervisors, terminal: Terminal) -> int:
     """Train every module that is not yet trained."""
     if has_begun(plan.folder):
         if "modules" not in plan.folder.facts().get("from", {}):
@@ -151,12 +158,12 @@ def _train_modules(plan: _Plan, supervisors: Supervisors, terminal: Terminal) ->
     waiting = []
     for run, name in modules.items():
         folder, config = folder_of(plan.alone[name]), plan.alone[name]
-        if _is_done(folder, config):
+        if is_done(folder, config):
             terminal.print(
                 f"{numbers[run]}: done before, step {max(folder.committed_steps()):,} of {run}", soft_wrap=True
             )
         else:
-            config, origin = _with_threads(config, plan, side_by_side), _from_seed(plan, name)
+            config, origin = _with_threads(config, plan, side_by_side), from_seed(plan, name)
             waiting.append(make_ready(config, plan.launch, folder, origin=origin, verb="ensemble"))
 
     def begins(run: Prepared) -> None:
@@ -173,7 +180,7 @@ def _train_modules(plan: _Plan, supervisors: Supervisors, terminal: Terminal) ->
     return next(iter(bad.values()), supervisors.asked or DONE)
 
 
-def _is_done(folder: RunFolder, config: RunConfig) -> bool:
+def is_done(folder: RunFolder, config: RunConfig) -> bool:
     """Whether a run has done all its steps. Raises ConfigError where it has, but was another one."""
     if max(folder.committed_steps(), default=0) < total_steps(config):
         return False
@@ -181,7 +188,7 @@ def _is_done(folder: RunFolder, config: RunConfig) -> bool:
     return True
 
 
-def _places(plan: _Plan) -> int:
+def _places(plan: Plan) -> int:
     """How many modules are trained at the same time: as many as are asked for and have devices of their own."""
     wanted = min(plan.config.modules.side_by_side, len(plan.alone))
     if wanted == 1 or plan.config.engine.device == "cpu":
@@ -192,7 +199,7 @@ def _places(plan: _Plan) -> int:
     return max(1, min(wanted, devices // plan.launch.ranks)) if devices else wanted
 
 
-def _with_threads(config: RunConfig, plan: _Plan, side_by_side: int) -> RunConfig:
+def _with_threads(config: RunConfig, plan: Plan, side_by_side: int) -> RunConfig:
     """The configuration with the cores dealt to all ranks that run at the same time."""
     if side_by_side == 1 or config.engine.threads is not None:
         return config
@@ -213,19 +220,22 @@ def _tell_failure(folder: RunFolder, what: str, instead: str, code: int, termina
 # ---- all together
 
 
-def _train_joined(plan: _Plan, supervisors: Supervisors, terminal: Terminal) -> int:
+def from_modules(plan: Plan) -> Origin | None:
+    """What the joint run begins from: every module's last state."""
+    if has_begun(plan.folder):
+        return None
+    last = {name: (folder_of(config), total_steps(config)) for name, config in plan.alone.items()}
+    return {"modules": {name: {"run": str(f.path.resolve()), "step": step} for name, (f, step) in last.items()}}
+
+
+def _train_joined(plan: Plan, supervisors: Supervisors, terminal: Terminal) -> int:
     """Train the joint run, which begins with the modules' checkpoints."""
-    if _is_done(plan.folder, plan.config):
+    if is_done(plan.folder, plan.config):
         terminal.print(
             f"{plan.phase(-1)}: done before, step {total_steps(plan.config):,} of {plan.folder.name}", soft_wrap=True
         )
         return DONE
-    origin = None
-    if not has_begun(plan.folder):
-        folders = {name: folder_of(config) for name, config in plan.alone.items()}
-        newest = {n: {"run": str(f.path.resolve()), "step": max(f.committed_steps())} for n, f in folders.items()}
-        origin = {"modules": newest}
-    run = make_ready(plan.config, plan.launch, plan.folder, origin=origin, verb="ensemble")
+    run = make_ready(plan.config, plan.launch, plan.folder, origin=from_modules(plan), verb="ensemble")
     terminal.print(
         f"{plan.phase(-1)}: {', '.join(plan.alone)} joined: run {plan.folder.name} in {plan.folder.path}",
         soft_wrap=True,
@@ -235,7 +245,7 @@ def _train_joined(plan: _Plan, supervisors: Supervisors, terminal: Terminal) -> 
     return code
 
 
-def _show_table(plan: _Plan) -> None:
+def _show_table(plan: Plan) -> None:
     """Loss and relevance of each module on each source: as the run evaluated itself, or measured now."""
     from launcher.texts import evaluate_run, show_modules
 

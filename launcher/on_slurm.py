@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from configs.errors import CANNOT_GO_ON, PREEMPTED, ConfigError, LeviathanError
 from configs.load import load
-from launcher import slurm
+from launcher import preflight, slurm
 from launcher.beacons import Beacons
 from launcher.config import LaunchConfig
 from launcher.network import free_port, own_address_towards
@@ -36,6 +37,7 @@ _TOLD = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+)")
 _EXITED = re.compile(r"Exited with exit code (\d+)")
 _SIGNALS = {signal.strsignal(number): int(number) for number in signal.Signals}
 _END_S, _QUEUE_S = 20.0, 60.0
+PREFLIGHT_S = 240.0
 
 
 class SlurmTeam(Team):
@@ -59,37 +61,56 @@ class SlurmTeam(Team):
         restarts = f", queued again {again} times" if again != "0" else ""
         return f"{', '.join(self._hosts)} (Slurm job {self._job}{restarts})"
 
+    def preflight(self) -> None:
+        """Let every node measure itself, and tell what was found. Raises ConfigError where one is not fit."""
+        hosts, each = self._hosts, 1
+        shutil.rmtree(preflight.folder_of(self.folder), ignore_errors=True)
+        words = self._words("launcher.preflight", each, f"{self.folder.logs.resolve()}/preflight_%5t.log")
+        environment = os.environ | self._meeting(each) | {"WORLD_SIZE": str(len(hosts))}
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, timeout=PREFLIGHT_S, check=False)
+        slurm.kill_steps(self._job)
+        reports, findings = preflight.collect(self.folder, hosts)
+        findings += preflight.judge(reports)
+        for finding in findings:
+            self.folder.event("warning", f"node {finding.host} {finding.message}", host=finding.host)
+        stops = [f"node {finding.host} {finding.message}" for finding in findings if finding.stops]
+        if stops:
+            raise ConfigError(f"{'; '.join(stops)}; exclude it (launch.slurm.extra=[--exclude=NODE]) or mend it")
+        self.folder.event("preflight", preflight.summary(reports), nodes=reports)
+
     def start(self, attempt: int, fence: int) -> None:
         self.forget_exits()
         self._codes = {}
-        environment = (
-            os.environ
-            | self.common_environment(attempt, fence)
-            | {
-                "MASTER_ADDR": self._address,
-                "MASTER_PORT": str(free_port(self._address)),
-                "LEVIATHAN_BEACON": self._beacons.next_attempt(),
-                "LEVIATHAN_RANKS_OF_A_NODE": str(self.world // self.launch.nodes),
-            }
-        )
+        each = self.world // self.launch.nodes
+        environment = os.environ | self.common_environment(attempt, fence) | self._meeting(each)
+        environment["LEVIATHAN_BEACON"] = self._beacons.next_attempt()
+        words = self._words("pretrain.run", each, f"{self.folder.logs.resolve()}/rank_%5t.log")
         self._srun = subprocess.Popen(
-            self._words(), env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            words, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             text=True, start_new_session=True,
         )  # fmt: skip
         threading.Thread(target=self._listen, args=(self._srun,), daemon=True, name="srun").start()
 
-    def _words(self) -> list[str]:
+    def _meeting(self, each: int) -> dict[str, str]:
+        """Where processes find each other, `each` of them on a node."""
+        return {
+            "MASTER_ADDR": self._address,
+            "MASTER_PORT": str(free_port(self._address)),
+            "LEVIATHAN_RANKS_OF_A_NODE": str(each),
+        }
+
+    def _words(self, module: str, each: int, log: str) -> list[str]:
         launch, asks = self.launch, self.launch.slurm
         # the first task that ends must not take the others with it: they may be saving. The supervisor judges
         words = ["srun", "--kill-on-bad-exit=0", "--wait=0", "--distribution=block", "--open-mode=append",
-                 f"--nodes={launch.nodes}", f"--ntasks={self.world}",
-                 f"--ntasks-per-node={self.world // launch.nodes}",
-                 f"--output={str(self.folder.logs.resolve()).replace('%', '%%')}/rank_%5t.log"]  # fmt: skip
+                 f"--nodes={launch.nodes}", f"--ntasks={launch.nodes * each}", f"--ntasks-per-node={each}",
+                 f"--output={log}"]  # fmt: skip
         if asks.cpus_per_rank is not None:
             words.append(f"--cpus-per-task={asks.cpus_per_rank}")
         if asks.gpus_per_node is not None:
             words.append("--gpu-bind=none")
-        return [*words, *asks.wrapper, sys.executable, "-P", "-m", "launcher.slurm_task", str(self.folder.path)]
+        return [*words, *asks.wrapper, sys.executable, "-P", "-m", "launcher.slurm_task", module, str(self.folder.path)]
 
     def _listen(self, srun: subprocess.Popen[str]) -> None:
         """Take note of what srun tells of tasks that end badly, and pass the rest on to the job's own log."""
@@ -185,7 +206,11 @@ def main(arguments: list[str]) -> int:
         if ROOT.name.startswith("code-"):
             check_code(ROOT)
         launch = load(LaunchConfig, [folder.launch])
-        supervisor = Supervisor(SlurmTeam(folder, launch, job))
+        team = SlurmTeam(folder, launch, job)
+        supervisor = Supervisor(team)
+        supervisor.listen()
+        if launch.preflight:
+            team.preflight()
         code = supervisor.run()
         if code == PREEMPTED and supervisor.asked == signal.SIGUSR1:
             code = _queue_again(folder, launch, job)

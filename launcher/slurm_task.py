@@ -1,6 +1,6 @@
 """What `srun` starts on a node: finds out which rank it is, checks the code, and becomes that rank.
 
-`python -m launcher.slurm_task FOLDER`; no torch before the rank itself.
+`python -m launcher.slurm_task MODULE FOLDER` becomes `python -m MODULE FOLDER`; no torch before that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def main(arguments: list[str]) -> NoReturn:
     """Become the rank, or end with the reason why that cannot be."""
     # until the rank listens: a request would kill it, and the supervisor repeats requests
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    folder, rank = RunFolder(Path(arguments[0])), int(os.environ["SLURM_PROCID"])
+    module, place = arguments
+    folder, rank = RunFolder(Path(place)), int(os.environ["SLURM_PROCID"])
     try:
         if os.environ["SLURM_LOCALID"] == "0" and ROOT.name.startswith("code-"):
             check_code(ROOT)
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> NoReturn:
         note = {"rank": rank, "code": error.exit_code, "message": str(error)}
         folder.exit_of(rank).write_text(json.dumps(note))
         sys.exit(error.exit_code)
-    os.execv(sys.executable, [sys.executable, "-P", "-m", "pretrain.run", str(folder.path)])
+    os.execv(sys.executable, [sys.executable, "-P", "-m", module, str(folder.path)])
 
 
 def _of_this_rank(rank: int) -> dict[str, str]:

@@ -29,27 +29,35 @@ _EARLY_S = 60
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line says besides the configuration. after: jobs that must be done before."""
+    """What the command line says besides the configuration.
+
+    after: jobs that must be done before. without: modules of an ensemble to leave out.
+    """
 
     nodes: int | None
     ranks: int | None
     branch: Sequence[str]
     allow: Sequence[str]
     after: Sequence[str] = ()
+    without: Sequence[str] = ()
 
 
 def submit_slurm(files: Sequence[str], words: Sequence[str], asked: Asked, *, dry_run: bool) -> None:
     """Submit a run, or print the script. Raises ConfigError where the run waits or runs already."""
     os.umask(0o077)  # a run is its owner's alone
     words = [*words, *_cluster_words(files, words, asked)]
+    config, launch = resolve(files, words)
+    if len(config.model.ensemble.modules) > 1 and not asked.branch:
+        from launcher.ensemble_on_slurm import submit_ensemble
+
+        submit_ensemble(files, words, asked.without, dry_run=dry_run)
+        return
     if dry_run:
-        config, launch = resolve(files, words)
         folder = run_folder(config, files)
         sys.stdout.write(render(folder, launch, folder.path / code_name()))
         return
     slurm.check_present()
     terminal = Terminal(highlight=False)
-    config, _ = resolve(files, words)
     check_not_queued(run_folder(config, files))
     run = prepare(files, words, ranks=None, branch=asked.branch, allow=asked.allow)
     number = queue(run, asked.after)
@@ -72,13 +80,19 @@ def queue(run: Prepared, after: Sequence[str] = ()) -> str:
 
 def check_not_queued(folder: RunFolder) -> None:
     """Raises ConfigError where a run's job still waits or runs."""
-    number = folder.facts().get("job", {}).get("slurm") if folder.path.is_dir() else None
-    job = slurm.job(number) if number is not None and slurm.present() else None
-    if job is not None and not job.over:
+    job = queued(folder)
+    if job is not None:
         raise ConfigError(
-            f"run {folder.name} is Slurm job {number} already ({job.state}); follow it with `leviathan status"
+            f"run {folder.name} is Slurm job {job.number} already ({job.state}); follow it with `leviathan status"
             f" {folder.name}`, or end it with `leviathan stop {folder.name}`"
         )
+
+
+def queued(folder: RunFolder) -> slurm.Job | None:
+    """The job of a run that waits or runs; None where there is none."""
+    number = folder.facts().get("job", {}).get("slurm") if folder.path.is_dir() else None
+    job = slurm.job(number) if number is not None and slurm.present() else None
+    return None if job is None or job.over else job
 
 
 def render(folder: RunFolder, launch: LaunchConfig, code: Path) -> str:

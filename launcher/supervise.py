@@ -62,7 +62,7 @@ class Supervisor:
         """Run to the end; return the exit code. Raises ConfigError while another process has the run folder."""
         lease = Lease(self._folder.path)
         fence = lease.take()
-        self._listen()
+        self.listen()
         try:
             return self._attempts(fence)
         finally:
@@ -189,7 +189,8 @@ class Supervisor:
             return self._launch.start_s
         return max(self._launch.hang_s, 5 * beat.step_s)
 
-    def _listen(self) -> None:
+    def listen(self) -> None:
+        """Take requests to stop from now on."""
         for number in REQUESTS:
             signal.signal(number, self._on_signal)
         # whoever started this process may have held them back until somebody listens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import psutil
@@ -11,11 +12,12 @@ from pretrain.checkpoint_files import newest_readable
 from pretrain.run_folder import RunFolder
 from tests.conftest import events, leviathan, losses, wait_until, write_tiny
 from tests.mini_slurm import MiniSlurm, missing
+from tests.small_ensemble import write_ensemble
 
 pytestmark = [
     pytest.mark.e2e,
     pytest.mark.timeout(400),
-    pytest.mark.skipif(missing() is not None, reason=missing() or ""),
+    pytest.mark.skipif(missing() is not None and os.environ.get("SLURM_TESTS") != "required", reason=missing() or ""),
 ]
 
 TWO = ("--nodes", 2, "--ranks", 2)
@@ -162,3 +164,29 @@ def test_a_rank_that_is_stopped_is_found_and_the_run_goes_on(cluster, tiny, undi
     (fault,) = events(run, "fault")
     assert "no progress for" in fault
     assert_same(run, undisturbed)
+
+
+def test_an_ensemble_is_a_graph_of_jobs_and_kills_change_nothing(cluster, shards, corpus, tmp_path):
+    configs = []
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        configs.append(write_ensemble(tmp_path / place, shards, corpus, engine="deepspeed"))
+    here = leviathan("ensemble", configs[0], timeout=200)
+    assert here.code == 0, here.err
+    kill = {"LEVIATHAN_FAULT": "step.before_update:1:4"}
+    done = leviathan("submit", "slurm", configs[1], env=cluster.env | kill)
+    assert done.code == 0, done.err
+    runs = {name: RunFolder(tmp_path / "there" / "runs" / name) for name in ("duo-letters", "duo-lists", "duo")}
+    jobs = {name: run.facts()["job"]["slurm"] for name, run in runs.items()}
+    assert (
+        f"all joined: run duo is Slurm job {jobs['duo']}, after {jobs['duo-letters']}, {jobs['duo-lists']}" in done.out
+    )
+    again = leviathan("submit", "slurm", configs[1], env=cluster.env)
+    assert again.code == 0, again.err
+    assert [run.facts()["job"]["slurm"] for run in runs.values()] == list(jobs.values()), "what waits is not doubled"
+    for name, job in jobs.items():
+        assert until_over(cluster, job) == "COMPLETED", output_of(runs[name], job)
+        assert len(events(runs[name], "fault")) == 1
+        assert_same(runs[name], RunFolder(tmp_path / "here" / "runs" / name))
+    over = leviathan("submit", "slurm", configs[1], env=cluster.env)
+    assert over.out.count("done before") == 1, "the joint run is all there is to ask of"

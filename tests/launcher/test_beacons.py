@@ -45,8 +45,9 @@ def rank(beacons):
 def test_a_rank_tells_where_it_is_and_since_when(beacons, rank):
     first = beacons.beats()[1]
     assert (first.step, first.phase) == (7, "step")
-    time.sleep(1.5)
-    assert beacons.beats()[1].age_s == pytest.approx(first.age_s + 1.5, abs=0.5), "a step that goes on grows old"
+    time.sleep(3)
+    # what was told is read when somebody asks: up to a second later
+    assert beacons.beats()[1].age_s == pytest.approx(first.age_s + 3, abs=1.5), "a step that goes on grows old"
     assert beacons.beats()[0] is None
 
 
