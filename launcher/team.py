@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from abc import ABC, abstractmethod
 
 from launcher.config import LaunchConfig
@@ -63,6 +64,7 @@ class Team(ABC):
             "WORLD_SIZE": str(self.world),
             "LEVIATHAN_ATTEMPT": str(attempt),
             "LEVIATHAN_FENCE": str(fence),
+            "LEVIATHAN_NONCE": secrets.token_hex(16),
             "PYTHONUNBUFFERED": "1",
         }
 

@@ -39,7 +39,7 @@ from pretrain.engine import (
 from pretrain.faults import fault_point
 from pretrain.model import LossParts, Model
 from pretrain.ops.expert_parallel import join_groups, shares_of, total_norm
-from pretrain.parallel import Ranks, seed_step
+from pretrain.parallel import Ranks, join, seed_step
 
 Place = tuple[str, int, Tensor, dict[str, Tensor]]
 """A parameter's name, and of the part this rank owns: its offset, its fp32 master, its moments. All views."""
@@ -65,9 +65,11 @@ def import_deepspeed(device: torch.device) -> ModuleType:
 def start_distributed(device: torch.device, timeout_s: float) -> None:
     """Join the process group that the launcher's environment describes; a group of one where it describes none."""
     deepspeed = import_deepspeed(device)
+    # DeepSpeed looks for both, and for an MPI where it misses them
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "0")
     backend = "nccl" if device.type == "cuda" else "gloo"
+    join(backend, timeout_s)
     deepspeed.init_distributed(
         backend, auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False, dist_init_required=None
     )

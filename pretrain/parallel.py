@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeAlias
 
 import torch
@@ -57,6 +58,29 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.default_generator.manual_seed(value)
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.manual_seed(value)
+
+
+def join(backend: str, timeout_s: float) -> None:
+    """Form the process group that the launcher's environment describes; a group of one where it describes none.
+
+    Ranks meet at rank 0's own address, under the nonce of this attempt: whoever else connects there, by accident or
+    not, is never counted as a rank and reads or writes none of their keys.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 0))
+    timeout, listening = timedelta(seconds=timeout_s), None
+    if rank == 0:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        # by ourselves, since the store would listen at every address of this host
+        with socket.create_server((host, port), family=family, backlog=2048) as server:
+            port, listening = server.getsockname()[1], server.detach()
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, is_master=rank == 0, timeout=timeout, wait_for_workers=False, master_listen_fd=listening
+    )
+    prefix = dist.PrefixStore(  # type: ignore[attr-defined]
+        os.environ.get("LEVIATHAN_NONCE", ""), store
+    )
+    dist.init_process_group(backend, store=prefix, rank=rank, world_size=world, timeout=timeout)
 
 
 def alone() -> bool:

@@ -1,7 +1,7 @@
 """One rank of a run, from its folder to its exit code: `python -m pretrain.run FOLDER`. Wiring only.
 
-The launcher says who this rank is: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR, MASTER_PORT, and
-LEVIATHAN_ATTEMPT, LEVIATHAN_FENCE, LEVIATHAN_HEARTBEAT, LEVIATHAN_PARENT where a supervisor watches.
+The launcher says who this rank is: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_SIZE, MASTER_ADDR, MASTER_PORT, and, where a
+supervisor watches, LEVIATHAN_ATTEMPT, _FENCE, _NONCE, _HEARTBEAT or _BEACON, and _PARENT.
 """
 
 from __future__ import annotations
