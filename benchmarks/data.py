@@ -29,21 +29,27 @@ BATCH = ROWS * SIZE
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
-    parser.add_argument("--mib", type=float, default=24.0, help="text to build shards from (default 24)")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds of alternated arms (default 9)")
+    parser.add_argument("--mib", type=float, default=None, help="text to build shards from (default 24)")
+    parser.add_argument("--rounds", type=int, default=None, help="rounds of alternated arms (default 9; 3 to build)")
+    parser.add_argument("--build", action="store_true", help="text to shards instead, of 200 MiB unless --mib says so")
 
 
 def run(options: argparse.Namespace) -> Table:
     """Measure and return the table."""
+    if options.build:
+        from benchmarks.data_build import run_build
+
+        return run_build(options.mib or 200.0, options.rounds or 3)
+    mib, rounds = options.mib or 24.0, options.rounds or 9
     table = Table("reading shards, one process, CPU time, (8, 1025) int64 batches")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source = SourceConfig(path="stdlib", limit_mib=options.mib)
+        source = SourceConfig(path="stdlib", limit_mib=mib)
         data = DataConfig(dir=name, sources={"python": source}, heldout=0.01, shard_mib=16)
         build(data, folder, workers=os.cpu_count() or 1)
         manifest = load_manifest(folder)
         _sizes(table, manifest)
-        _throughput(table, folder, manifest, options.rounds)
+        _throughput(table, folder, manifest, rounds)
         _main_thread(table, folder, manifest)
         _resume(table, folder, manifest)
     return table

@@ -63,16 +63,18 @@ class RayTasks(Executor):
 
 
 @contextlib.contextmanager
-def ray_executor(address: str) -> Iterator[RayTasks]:
+def ray_executor(address: str, cores: int | None = None) -> Iterator[RayTasks]:
     """The workers of the cluster at an address, whose nodes see the project and the data under the same paths.
 
+    `local` is a cluster of this machine, for as long as it is used, with so many cores.
     Raises ConfigError where no cluster answers there, or Ray is too old.
     """
     ray = import_ray()
     # a cluster that asks for a token is told the one of RAY_AUTH_TOKEN, or of ~/.ray/auth_token, by Ray itself
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     try:
-        ray.init(address=address, runtime_env={"env_vars": environment}, log_to_driver=False, logging_level="error")
+        ray.init(address=address, num_cpus=cores, runtime_env={"env_vars": environment}, log_to_driver=False,
+                 logging_level="error", include_dashboard=False if address == "local" else None)  # fmt: skip
     except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
         said = str(error).strip().splitlines()[0]
         raise ConfigError(f"no Ray cluster answers at {address} ({said}); check the address and its token") from None
