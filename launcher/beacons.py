@@ -43,6 +43,12 @@ class Beacons:
             beats[rank] = Beat(beat.age_s + now - heard, beat.step, beat.phase, beat.step_s)
         return beats
 
+    def silent(self, seconds: float) -> set[int]:
+        """Ranks that told something once, and nothing for so long: stopped, or cut off."""
+        self._listen()
+        now = time.monotonic()
+        return {rank for rank, (heard, _) in self._heard.items() if now - heard > seconds}
+
     def close(self) -> None:
         """Listen no more."""
         self._socket.close()

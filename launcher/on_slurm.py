@@ -38,6 +38,8 @@ _EXITED = re.compile(r"Exited with exit code (\d+)")
 _SIGNALS = {signal.strsignal(number): int(number) for number in signal.Signals}
 _END_S, _QUEUE_S = 20.0, 60.0
 PREFLIGHT_S = 240.0
+_SILENT_S = 4.0
+"""Beacons come every second."""
 
 
 class SlurmTeam(Team):
@@ -67,11 +69,16 @@ class SlurmTeam(Team):
         shutil.rmtree(preflight.folder_of(self.folder), ignore_errors=True)
         words = self._words("launcher.preflight", each, f"{self.folder.logs.resolve()}/preflight_%5t.log")
         environment = os.environ | self._meeting(each) | {"WORLD_SIZE": str(len(hosts))}
+        environment["LEVIATHAN_BEACON"] = self._beacons.next_attempt()
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, timeout=PREFLIGHT_S, check=False)
         slurm.kill_steps(self._job)
         reports, findings = preflight.collect(self.folder, hosts)
         findings += preflight.judge(reports)
+        unheard = [
+            hosts[number] for number, beat in self._beacons.beats().items() if beat is None and number < len(hosts)
+        ]
+        findings += [preflight.unheard(host, hosts[0]) for host in unheard]
         for finding in findings:
             self.folder.event("warning", f"node {finding.host} {finding.message}", host=finding.host)
         stops = [f"node {finding.host} {finding.message}" for finding in findings if finding.stops]
@@ -132,7 +139,8 @@ class SlurmTeam(Team):
         return self._beacons.beats()
 
     def frozen(self) -> set[int]:
-        return set()
+        # what its last word says of its phase is worth nothing then: it may be a second older than the end
+        return self._beacons.silent(_SILENT_S)
 
     def host(self, number: int) -> str:
         return self._hosts[number // (self.world // self.launch.nodes)]

@@ -28,6 +28,7 @@ import psutil
 from configs.errors import DONE
 from data_pipeline.files import human_bytes, write_whole
 from launcher.snapshot import code_name
+from pretrain.beacon import Beacon
 from pretrain.run_folder import RunFolder
 
 MUST_AGREE = {
@@ -94,6 +95,11 @@ def judge(reports: Sequence[Report]) -> list[Finding]:
     return findings
 
 
+def unheard(host: str, by: str) -> Finding:
+    """A node whose signs of life do not arrive."""
+    return Finding(host, f"cannot send datagrams (UDP) to {by}, which watches over the run; open the firewall", True)
+
+
 def summary(reports: Sequence[Report]) -> str:
     """All nodes in a sentence."""
     rates = [report["flops"] / 1e9 for report in reports]
@@ -124,6 +130,7 @@ def _slower(reports: Sequence[Report], key: str, what: str, unit: str, *, slow_i
 def main(arguments: list[str]) -> int:
     """Measure this node, alone and with the others, and leave a report."""
     run, number = RunFolder(Path(arguments[0])), int(os.environ["RANK"])
+    Beacon.from_environment(number, lambda: (time.monotonic(), 0, 0, 0))
     report = alone(run)
     try:
         report |= together(int(os.environ["WORLD_SIZE"]), number)

@@ -22,6 +22,7 @@ from configs.load import load
 from launcher.config import LaunchConfig
 from launcher.on_local import LocalTeam
 from launcher.restart import Attempt, decide
+from launcher.runs import newest_row
 from launcher.team import Team
 from pretrain.health import Beat
 from pretrain.lease import Lease
@@ -143,7 +144,10 @@ class Supervisor:
         return _End(code, self._describe(first, dead[first], beat), self._facts(first, beat))
 
     def _facts(self, number: int, beat: Beat | None) -> dict[str, object]:
-        return {"rank": number, "host": self._team.host(number), "step": beat.step if beat else 0}
+        # a beacon's word is up to a second old, and steps may be shorter
+        row = newest_row(self._folder)
+        step = max(beat.step if beat else 0, row["step"] if row else 0)
+        return {"rank": number, "host": self._team.host(number), "step": step}
 
     def _describe(self, number: int, code: int, beat: Beat | None) -> str:
         where = f"in phase {beat.phase!r} of step {beat.step}" if beat else "before its first sign of life"

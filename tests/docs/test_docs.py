@@ -39,7 +39,9 @@ def test_links_lead_somewhere(page):
 @over_pages
 def test_every_command_that_is_named_exists(page):
     """A verb and its options, wherever the page shows them."""
-    for verb, rest in re.findall(r"leviathan ((?:(?:data|mixers|submit) )?[a-z]+)([^`\n#|]*)", "\n".join(_commands(page))):
+    for verb, rest in re.findall(
+        r"leviathan ((?:(?:data|mixers|submit) )?[a-z]+)([^`\n#|]*)", "\n".join(_commands(page))
+    ):
         told = _help(verb)
         for option in re.findall(r"(?<= )--[a-z][a-z-]*", rest):
             assert option in told, f"{page.name}: `leviathan {verb}` has no {option}"

@@ -52,10 +52,12 @@ def test_a_rank_tells_where_it_is_and_since_when(beacons, rank):
 
 
 def test_a_rank_that_is_stopped_grows_old(beacons, rank):
+    assert beacons.silent(2.0) == set()
     os.kill(rank.pid, signal.SIGSTOP)
     before = beacons.beats()[1].age_s
     time.sleep(2.5)
     assert beacons.beats()[1].age_s >= before + 2.4
+    assert beacons.silent(2.0) == {1}
 
 
 def test_what_is_of_no_rank_of_this_attempt_is_not_heard(beacons):
