@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, Executor, Future
 from pathlib import Path
@@ -21,7 +22,7 @@ from configs.errors import ConfigError
 OLDEST = (2, 52)
 """Ray without authentication of those who submit work is not used (CVE-2023-48022, CVE-2025-62593)."""
 _RETRIES = 5
-_CONNECT_S = 60
+_CONNECT_S = 10.0
 ROOT = Path(__file__).parents[1]
 
 
@@ -70,6 +71,7 @@ def ray_executor(address: str, cores: int | None = None) -> Iterator[RayTasks]:
     Raises ConfigError where no cluster answers there, or Ray is too old.
     """
     ray = import_ray()
+    _check_reachable(address)
     # a cluster that asks for a token is told the one of RAY_AUTH_TOKEN, or of ~/.ray/auth_token, by Ray itself
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     try:
@@ -86,6 +88,21 @@ def ray_executor(address: str, cores: int | None = None) -> Iterator[RayTasks]:
             tasks.cancel_all()
     finally:
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ConfigError where nobody listens: Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        if address in ("local", "auto"):
+            return
+        raise ConfigError(f"{address!r} is no address of a Ray cluster; write HOST:PORT, such as 10.0.0.1:6379")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"no Ray cluster answers at {address} ({error.strerror or error}); check the address, and that it runs"
+        ) from None
 
 
 def import_ray() -> Any:

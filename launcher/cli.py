@@ -77,7 +77,7 @@ def data_build(
     ] = None,
 ) -> None:
     """Make the shards of a configuration in data.dir; goes on where an earlier build was stopped."""
-    if on == "ray" and address is None:
+    if on == "ray" and not address:
         raise UsageError("--on ray needs the address of a cluster; give --address, or set RAY_ADDRESS")
     from launcher.data import build_shards
 

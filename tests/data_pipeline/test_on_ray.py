@@ -12,7 +12,7 @@ import pytest
 
 from data_pipeline.files import sha256_file
 from data_pipeline.manifest import TABLE
-from tests.conftest import leviathan
+from tests.conftest import leviathan, start_leviathan, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -92,8 +92,37 @@ def test_a_build_on_ray_gives_the_same_bytes(cluster, corpus, tmp_path):
     assert "these shards were built before" in again.out
 
 
-def test_an_address_where_no_cluster_answers_is_told(corpus, tmp_path):
-    done = build(("127.0.0.1:1",), write(tmp_path, corpus, "nowhere"))
+def test_a_node_that_dies_costs_time_alone(cluster, tmp_path):
+    configs = []
+    for name in ("here", "there"):
+        configs.append(tmp_path / f"{name}.yaml")
+        sources = "{python: {path: stdlib, limit_mib: 12}}"
+        configs[-1].write_text(f"data: {{dir: {tmp_path / name}, shard_mib: 0.5, sources: {sources}}}\n")
+    here = leviathan("data", "build", configs[0], timeout=200)
+    assert here.code == 0, here.err
+    words = ("data", "build", configs[1], "--on", "ray", "--address", cluster[0])
+    process = start_leviathan(*words, env={"RAY_AUTH_MODE": "disabled"})
+    there = tmp_path / "there"
+    wait_until(lambda: len(list(there.glob("*.tar"))) >= 4, seconds=100)
+    assert not (there / TABLE).exists(), "it was too fast to be disturbed"
+    cluster[1]()
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, out + err
+    assert files_of(there) == files_of(tmp_path / "here")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere.invalid:6379"])
+def test_an_address_where_no_cluster_answers_is_told(corpus, tmp_path, address):
+    done = build((address,), write(tmp_path, corpus, "nowhere"))
     assert done.code == 78
-    assert done.err.startswith("error: no Ray cluster answers at 127.0.0.1:1 (")
+    assert done.err.startswith(f"error: no Ray cluster answers at {address} (")
     assert done.err.count("\n") == 1
+    assert done.seconds < 30
+
+
+def test_words_that_are_no_address_are_told(corpus, tmp_path):
+    done = build(("cluster",), write(tmp_path, corpus, "nowhere"))
+    assert done.code == 78
+    assert done.err.startswith("error: 'cluster' is no address of a Ray cluster; write HOST:PORT")
+    without = leviathan("data", "build", write(tmp_path, corpus, "nowhere"), "--on", "ray", env={"RAY_ADDRESS": ""})
+    assert without.code == 2

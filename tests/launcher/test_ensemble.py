@@ -102,14 +102,14 @@ def test_a_name_made_of_the_files_content_is_the_same_without_a_module(config, h
     assert run_all(config, without=("lists",)) == DONE
     (joint,) = {name for name in here.trained if not name.endswith("-letters")}
     assert here.trained == [f"{joint}-letters", joint]
-    plan = ensemble._plan([str(config)], [], None, ())
+    plan = ensemble.plan_ensemble([str(config)], [], None, ())
     assert plan.folder.name == joint
 
 
 def test_on_weights_and_biases_the_runs_of_an_ensemble_are_one_group(config):
-    plan = ensemble._plan([str(config)], [], None, ())
+    plan = ensemble.plan_ensemble([str(config)], [], None, ())
     assert plan.config.log.wandb_group == plan.alone["lists"].log.wandb_group == "duo"
-    plan = ensemble._plan([str(config)], ["log.wandb_group=mine"], None, ())
+    plan = ensemble.plan_ensemble([str(config)], ["log.wandb_group=mine"], None, ())
     assert plan.alone["lists"].log.wandb_group == "mine"
 
 
