@@ -60,7 +60,7 @@ class SlurmTeam(Team):
     @property
     def place(self) -> str:
         again = os.environ.get("SLURM_RESTART_COUNT", "0")
-        restarts = f", queued again {again} times" if again != "0" else ""
+        restarts = f", start {int(again) + 1}" if again != "0" else ""
         return f"{', '.join(self._hosts)} (Slurm job {self._job}{restarts})"
 
     def preflight(self) -> None:

@@ -13,8 +13,8 @@ from launcher import cli
 from tests.conftest import ROOT, leviathan
 
 VERBS = (
-    "doctor", "data", "check", "mixers", "train", "ensemble", "submit", "status", "logs", "stop", "why", "eval", "generate",
-    "report",
+    "doctor", "data", "check", "mixers", "train", "ensemble", "submit", "status", "logs", "stop", "why", "eval",
+    "generate", "report",
 )  # fmt: skip
 LATER = ("compare", "plan", "drill", "export")
 
