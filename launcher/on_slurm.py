@@ -36,7 +36,7 @@ from pretrain.run_folder import Record, RunFolder
 _TOLD = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+)")
 _EXITED = re.compile(r"Exited with exit code (\d+)")
 _SIGNALS = {signal.strsignal(number): int(number) for number in signal.Signals}
-_END_S, _QUEUE_S = 20.0, 60.0
+_END_S, _QUEUE_S, _LAST_WORDS_S = 20.0, 60.0, 5.0
 PREFLIGHT_S = 240.0
 _SILENT_S = 4.0
 """Beacons come every second."""
@@ -55,6 +55,7 @@ class SlurmTeam(Team):
         self._address = slurm.address(self._hosts[0])
         self._beacons = Beacons(own_address_towards(self._address), self.world)
         self._srun: subprocess.Popen[str] | None = None
+        self._listener: threading.Thread | None = None
         self._codes: dict[int, int] = {}
 
     @property
@@ -67,7 +68,7 @@ class SlurmTeam(Team):
         """Let every node measure itself, and tell what was found. Raises ConfigError where one is not fit."""
         hosts, each = self._hosts, 1
         shutil.rmtree(preflight.folder_of(self.folder), ignore_errors=True)
-        words = self._words("launcher.preflight", each, f"{self.folder.logs.resolve()}/preflight_%5t.log")
+        words = self._words("launcher.preflight", each, "preflight")
         environment = os.environ | self._meeting(each) | {"WORLD_SIZE": str(len(hosts))}
         environment["LEVIATHAN_BEACON"] = self._beacons.next_attempt()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -92,12 +93,13 @@ class SlurmTeam(Team):
         each = self.world // self.launch.nodes
         environment = os.environ | self.common_environment(attempt, fence) | self._meeting(each)
         environment["LEVIATHAN_BEACON"] = self._beacons.next_attempt()
-        words = self._words("pretrain.run", each, f"{self.folder.logs.resolve()}/rank_%5t.log")
+        words = self._words("pretrain.run", each, "rank")
         self._srun = subprocess.Popen(
             words, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             text=True, start_new_session=True,
         )  # fmt: skip
-        threading.Thread(target=self._listen, args=(self._srun,), daemon=True, name="srun").start()
+        self._listener = threading.Thread(target=self._listen, args=(self._srun,), daemon=True, name="srun")
+        self._listener.start()
 
     def _meeting(self, each: int) -> dict[str, str]:
         """Where processes find each other, `each` of them on a node."""
@@ -108,11 +110,13 @@ class SlurmTeam(Team):
         }
 
     def _words(self, module: str, each: int, log: str) -> list[str]:
+        """Of `srun`, for `each` processes of a module on every node, whose logs begin with `log`."""
         launch, asks = self.launch, self.launch.slurm
+        logs = str(self.folder.logs.resolve()).replace("%", "%%")
         # the first task that ends must not take the others with it: they may be saving. The supervisor judges
         words = ["srun", "--kill-on-bad-exit=0", "--wait=0", "--distribution=block", "--open-mode=append",
                  f"--nodes={launch.nodes}", f"--ntasks={launch.nodes * each}", f"--ntasks-per-node={each}",
-                 f"--output={log}"]  # fmt: skip
+                 f"--output={logs}/{log}_%5t.log"]  # fmt: skip
         if asks.cpus_per_rank is not None:
             words.append(f"--cpus-per-task={asks.cpus_per_rank}")
         if asks.gpus_per_node is not None:
@@ -120,17 +124,22 @@ class SlurmTeam(Team):
         return [*words, *asks.wrapper, sys.executable, "-P", "-m", "launcher.slurm_task", module, str(self.folder.path)]
 
     def _listen(self, srun: subprocess.Popen[str]) -> None:
-        """Take note of what srun tells of tasks that end badly, and pass the rest on to the job's own log."""
+        """Take note of what srun tells: of tasks that end badly, and of what keeps it from its work."""
         assert srun.stderr is not None
         for line in srun.stderr:
             print(line, end="", file=sys.stderr, flush=True)
-            self._codes |= codes_told(line)
+            codes = codes_told(line)
+            self._codes |= codes
+            if line.startswith("srun: error:") and not codes:
+                self.folder.event("warning", line.strip())
 
     def ended(self) -> dict[int, int]:
         assert self._srun is not None
         code = self._srun.poll()
         if code is None:
             return dict(self._codes)
+        if self._listener is not None:
+            self._listener.join(_LAST_WORDS_S)
         # those that srun told nothing of ended well, unless it failed as a whole
         rest = 0 if code == 0 or self._codes else code
         return dict.fromkeys(range(self.world), rest) | self._codes
@@ -235,8 +244,9 @@ def _queue_again(folder: RunFolder, launch: LaunchConfig, job: str) -> int:
         folder.event("stop", f"stopped: {reason}", code=CANNOT_GO_ON, step=step)
         return CANNOT_GO_ON
     folder.event(
-        "requeue", f"job {job} is queued again by {socket.gethostname()}; it goes on from step {step}", step=step
-    )
+        "requeue", f"job {job} is queued again by {socket.gethostname()}; it goes on from step {step}", step=step,
+        job=job,
+    )  # fmt: skip
     slurm.requeue(job)
     time.sleep(_QUEUE_S)  # Slurm ends this job meanwhile: to leave first would look like its own end
     return PREEMPTED

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from configs.errors import LeviathanError
 from launcher.network import interface_towards
+from launcher.screen import cores
 from launcher.snapshot import ROOT, check_code
 from launcher.team import threads_of
 from pretrain.run_folder import RunFolder
@@ -41,8 +42,10 @@ def _of_this_rank(rank: int) -> dict[str, str]:
     local = int(os.environ["LEVIATHAN_RANKS_OF_A_NODE"])
     interface = interface_towards(os.environ["MASTER_ADDR"])
     chosen = {name: os.environ.get(name, interface) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+    # a task that Slurm has bound to cores has those to itself
+    bound = cores() < (os.cpu_count() or 1)
     return (
-        threads_of(local)
+        threads_of(1 if bound else local)
         | chosen
         | {
             "RANK": str(rank),

@@ -14,7 +14,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console as Terminal
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, UsageError
 from data_pipeline.files import write_whole
 from launcher import slurm
 from launcher.config import LaunchConfig, SlurmConfig, one_word
@@ -45,6 +45,9 @@ class Asked:
 def submit_slurm(files: Sequence[str], words: Sequence[str], asked: Asked, *, dry_run: bool) -> None:
     """Submit a run, or print the script. Raises ConfigError where the run waits or runs already."""
     os.umask(0o077)  # a run is its owner's alone
+    strange = [job for job in asked.after if not job.isdigit()]
+    if strange:
+        raise UsageError(f"--after {strange[0]!r} is no job; give the number that sbatch or `leviathan submit` printed")
     words = [*words, *_cluster_words(files, words, asked)]
     config, launch = resolve(files, words)
     if len(config.model.ensemble.modules) > 1 and not asked.branch:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from abc import ABC, abstractmethod
 
 from launcher.config import LaunchConfig
+from launcher.screen import cores
 from pretrain.health import Beat
 from pretrain.run_folder import RunFolder
 
@@ -75,5 +75,5 @@ class Team(ABC):
 
 
 def threads_of(ranks_here: int) -> dict[str, str]:
-    """The cores of a host dealt to the ranks there."""
-    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks_here))}
+    """The cores of this process dealt to the ranks that share them."""
+    return {"OMP_NUM_THREADS": str(max(1, cores() // ranks_here))}

@@ -347,9 +347,11 @@ def choose_device(wanted: str, ranks: Ranks) -> torch.device:
 
 
 def set_threads(config: RunConfig, ranks: Ranks) -> None:
-    """Give this rank its share of the host's cores."""
+    """Give this rank its share of the host's cores: as its launcher has dealt them, or an equal one."""
     local = int(os.environ.get("LOCAL_SIZE", ranks.world))
-    torch.set_num_threads(config.engine.threads or max(1, (os.cpu_count() or 1) // local))
+    dealt = os.environ.get("OMP_NUM_THREADS", "")
+    share = int(dealt) if dealt.isdigit() else (os.cpu_count() or 1) // local
+    torch.set_num_threads(config.engine.threads or max(1, share))
 
 
 def make_engine(
