@@ -64,8 +64,10 @@ def join(backend: str, timeout_s: float) -> None:
     """Form the process group that the launcher's environment describes; a group of one where it describes none.
 
     Ranks meet at rank 0's own address, under the nonce of this attempt: whoever else connects there, by accident or
-    not, is never counted as a rank and reads or writes none of their keys.
+    not, is never counted as a rank and reads or writes none of their keys. A process joins once, whatever it builds.
     """
+    if dist.is_initialized():
+        return
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 0))
     timeout, listening = timedelta(seconds=timeout_s), None

@@ -157,10 +157,10 @@ def test_the_same_command_trains_neither_seed_nor_modules_again(place):
 def test_what_cannot_be_averaged_is_refused(place, shards, corpus, tmp_path):
     plain = write_ensemble(tmp_path, shards, corpus)
     with pytest.raises(ConfigError, match=r"must have begun from one seed; set modules\.seed_steps"):
-        ensemble._plan([str(plain)], ["model.ensemble.fusion=btx"], None, ())
+        ensemble.plan_ensemble([str(plain)], ["model.ensemble.fusion=btx"], None, ())
     words = ["model.ensemble.modules=[seed]", "model.ensemble.domains={letters: seed}", "model.ensemble.top=1"]
     with pytest.raises(ConfigError, match="a module is called seed"):
-        ensemble._plan([str(plain)], [*words, "modules.seed_steps=2"], None, ())
+        ensemble.plan_ensemble([str(plain)], [*words, "modules.seed_steps=2"], None, ())
     config, _ = resolve([place / "duo.yaml"], BTX)
     origins = {name: {"run": str(run_of(place, f"duo-{name}").path), "step": 6} for name in MODULES}
     facts = run_of(place, "duo-lists").facts()
