@@ -192,17 +192,3 @@ def test_an_ensemble_is_a_graph_of_jobs_and_kills_change_nothing(cluster, shards
         assert_same(runs[name], RunFolder(tmp_path / "here" / "runs" / name))
     over = leviathan("submit", "slurm", configs[1], env=cluster.env)
     assert over.out.count("done before") == 1, "the joint run is all there is to ask of"
-
-
-def test_a_node_that_dies_costs_a_job_time_alone(tiny, undisturbed):
-    rest = {"LEVIATHAN_FAULT": "step.before_forward:0:12:sleep=60"}
-    with MiniSlurm(3, apart=True) as cluster:
-        run, job = submit(cluster, tiny, env=rest)
-        wait_until(lambda: run.committed_steps()[:1] == [10] and len(run.steps()) == 12, seconds=JOB_S)
-        cluster.kill_node("n1")  # the supervisor was there, and rank 0
-        wait_until(lambda: cluster.restarts(job) == 1, seconds=90)
-        assert until_over(cluster, job) == "COMPLETED", output_of(run, job)
-    assert_same(run, undisturbed)
-    first, second = events(run, "launch")
-    assert first == f"attempt 0: starting 2 ranks on n1, n2 (Slurm job {job})"
-    assert second == f"attempt 1: starting 2 ranks on n2, n3 (Slurm job {job}, start 2)"
