@@ -59,6 +59,7 @@ class RayTasks(Executor):
     def cancel_all(self) -> None:
         """Give up what is under way."""
         for ref in list(self._refs):
+            # the cluster may be what is gone, and the error that matters is already on its way
             with contextlib.suppress(Exception):
                 self._ray.cancel(ref, force=True)
 

@@ -51,10 +51,14 @@ def submit_slurm(files: Sequence[str], words: Sequence[str], asked: Asked, *, dr
     words = [*words, *_cluster_words(files, words, asked)]
     config, launch = resolve(files, words)
     if len(config.model.ensemble.modules) > 1 and not asked.branch:
+        if asked.after or asked.allow:
+            raise UsageError("an ensemble is a graph of jobs by itself, without --after and --allow; leave them out")
         from launcher.ensemble_on_slurm import submit_ensemble
 
         submit_ensemble(files, words, asked.without, dry_run=dry_run)
         return
+    if asked.without:
+        raise UsageError("--without leaves modules out of an ensemble, and this run joins none; leave it out")
     if dry_run:
         folder = run_folder(config, files)
         sys.stdout.write(render(folder, launch, folder.path / code_name()))

@@ -1,8 +1,7 @@
 """A real Slurm on this machine for tests: munged, slurmctld, and one slurmd for each node, all in one folder.
 
 Nothing of it is installed or left behind: keys, sockets, state and logs lie in a temporary folder, and clients find it
-by SLURM_CONF. It needs root, and Debian's slurm-wlm, whose slurmd can play several nodes of one host. With `apart` each
-node has a network, a host name and processes of its own, so that it can die as a machine does.
+by SLURM_CONF. It needs root, and Debian's slurm-wlm, whose slurmd can play several nodes of one host.
 """
 
 from __future__ import annotations
@@ -17,13 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo", "ip",
-          "nsenter", "unshare")  # fmt: skip
+NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 _UP_S, _DOWN_S = 30.0, 5.0
 
 _CONF = """\
 ClusterName=mini
-SlurmctldHost={host}({controller})
+SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmdPort={slurmd_port}
 AuthType=auth/munge
@@ -72,9 +70,8 @@ def missing() -> str | None:
 class MiniSlurm:
     """Use it in `with`: nodes n1, n2, ... are idle then, and gone afterwards."""
 
-    def __init__(self, nodes: int = 2, cpus: int = 4, apart: bool = False) -> None:
+    def __init__(self, nodes: int = 2, cpus: int = 4) -> None:
         self.count, self._cpus = nodes, cpus
-        self._network = Network(nodes) if apart else None
         self.base = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: sockets' paths are
         self.env = {"SLURM_CONF": str(self.base / "slurm.conf")}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
@@ -93,16 +90,13 @@ class MiniSlurm:
         self.run("scancel", "--user=root", check=False)
         for daemon in reversed(self._daemons.values()):
             if daemon.poll() is None:
-                # what holds a node's processes together takes no other signal
-                daemon.kill() if self._network is not None and daemon.args[0] == "nsenter" else daemon.terminate()
+                daemon.terminate()
         for daemon in self._daemons.values():
             try:
                 daemon.wait(_DOWN_S)
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        if self._network is not None:
-            self._network.down()
         shutil.rmtree(self.base, ignore_errors=True)
 
     def run(self, *words: str, check: bool = True) -> str:
@@ -127,12 +121,6 @@ class MiniSlurm:
         """Lift the pause that Slurm gives to a job that was queued again."""
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
 
-    def kill_node(self, name: str) -> None:
-        """End a node with all its processes, as a cable or a power supply would."""
-        assert self._network is not None
-        self._daemons[name].kill()
-        self._daemons[name].wait()
-
     def _of_job(self, job: str, fact: str) -> str:
         facts = self.run("scontrol", "show", "job", job, "-o").split()
         return next(word.split("=", 1)[1] for word in facts if word.startswith(f"{fact}="))
@@ -150,30 +138,22 @@ class MiniSlurm:
         self._daemon("munged", "--foreground", "--force", f"--key-file={munge}/key", f"--socket={munge}/socket",
                      f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed")  # fmt: skip
         self._wait(lambda: (munge / "socket").exists(), "munged")
-        if self._network is not None:
-            self._network.up()
         self._daemon("slurmctld", "-D", "-c")
         for number in self._numbers():
-            slurmd = ["slurmd", "-D", "-N", f"n{number}"]
-            words = slurmd if self._network is None else self._network.inside(number, slurmd)
-            self._daemon(*words, name=f"n{number}")
+            self._daemon("slurmd", "-D", "-N", f"n{number}", name=f"n{number}")
         self._wait(lambda: self._idle() == self.count, "all nodes")
 
     def _idle(self) -> int:
         return self.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).split().count("idle")
 
     def _conf(self) -> str:
-        here, port = socket.gethostname().split(".")[0], _free_ports(self.count + 2)
-        apart = self._network
+        host, port = socket.gethostname().split(".")[0], _free_ports(self.count + 2)
         nodes = [
-            f"NodeName=n{n} NodeHostname={here if apart is None else f'n{n}'}"
-            f" NodeAddr={'127.0.0.1' if apart is None else apart.address(n)} Port={port[n + 1]} CPUs={self._cpus}"
-            " RealMemory=8000"
+            f"NodeName=n{n} NodeHostname={host} NodeAddr=127.0.0.1 Port={port[n + 1]} CPUs={self._cpus} RealMemory=8000"
             for n in self._numbers()
         ]
-        controller = "127.0.0.1" if apart is None else apart.address(254)
-        return _CONF.format(base=self.base, host=here, controller=controller, port=port[0], slurmd_port=port[1],
-                            nodes="\n".join(nodes), count=self.count)  # fmt: skip
+        return _CONF.format(base=self.base, host=host, port=port[0], slurmd_port=port[1], nodes="\n".join(nodes),
+                            count=self.count)  # fmt: skip
 
     def _numbers(self) -> Sequence[int]:
         return range(1, self.count + 1)
@@ -209,51 +189,3 @@ def _free_ports(count: int) -> list[int]:
     for probe in probes:
         probe.close()
     return ports
-
-
-class Network:
-    """A bridge on this machine, and for each node a network namespace behind it. Needs root."""
-
-    def __init__(self, nodes: int) -> None:
-        self._nodes, self._tag = range(1, nodes + 1), f"lv{os.getpid() % 10000}"
-        self._subnet = f"10.{77 + os.getpid() % 100}.{os.getpid() % 250}"
-
-    def address(self, number: int) -> str:
-        """Of a node; 254 is this machine."""
-        return f"{self._subnet}.{number}"
-
-    def up(self) -> None:
-        """Make it."""
-        bridge = f"{self._tag}b"
-        _ip("link", "add", bridge, "type", "bridge")
-        _ip("addr", "add", f"{self.address(254)}/24", "dev", bridge)
-        _ip("link", "set", bridge, "up")
-        for number in self._nodes:
-            name, cable = self._space(number), f"{self._tag}v{number}"
-            _ip("netns", "add", name)
-            _ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", name)
-            _ip("link", "set", cable, "master", bridge, "up")
-            _ip("-n", name, "link", "set", "lo", "up")
-            _ip("-n", name, "addr", "add", f"{self.address(number)}/24", "dev", "eth0")
-            _ip("-n", name, "link", "set", "eth0", "up")
-            _ip("-n", name, "route", "add", "default", "via", self.address(254))
-
-    def down(self) -> None:
-        """Remove it; its cables go with it."""
-        for number in self._nodes:
-            _ip("netns", "del", self._space(number), check=False)
-        _ip("link", "del", f"{self._tag}b", check=False)
-
-    def inside(self, number: int, words: Sequence[str]) -> list[str]:
-        """A command as process of a node, whose other processes die with it."""
-        # a shell stays as the node's first process: slurmd would not reap what becomes an orphan
-        script = f'hostname n{number} && "$0" "$@"; exit $?'
-        alone = ["unshare", "--uts", "--pid", "--mount", "--mount-proc", "--fork", "--kill-child"]
-        return ["nsenter", f"--net=/run/netns/{self._space(number)}", *alone, "sh", "-c", script, *words]
-
-    def _space(self, number: int) -> str:
-        return f"{self._tag}n{number}"
-
-
-def _ip(*words: str, check: bool = True) -> None:
-    subprocess.run(["ip", *words], check=check, capture_output=True, timeout=20)

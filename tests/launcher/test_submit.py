@@ -157,3 +157,18 @@ def test_ranks_that_nodes_cannot_share_are_told(tiny):
     done = leviathan("submit", "slurm", tiny, "--nodes", 2, "--ranks", 3, "--dry-run")
     assert done.code == 78
     assert "3 ranks cannot be shared evenly by 2 nodes" in done.err
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--without", "letters"], "this run joins none"),
+        (["--after", "tomorrow"], "--after 'tomorrow' is no job"),
+        (["model.ensemble.modules=[a,b]", "model.ensemble.fusion=uniform", "--after", "7"], "without --after"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(tiny, words, reason):
+    done = leviathan("submit", "slurm", tiny, *words, "--dry-run")
+    assert done.code == 2
+    assert reason in done.err
+    assert done.err.count("\n") == 1
