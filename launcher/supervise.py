@@ -6,8 +6,6 @@ FOLDER` supervises a run on this machine that is ready to start, and dies with i
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
 import sys
@@ -24,6 +22,7 @@ from launcher.on_local import LocalTeam
 from launcher.restart import Attempt, decide
 from launcher.runs import newest_row
 from launcher.team import Team
+from launcher.watch import describe, first_cause, hang, longest_silent
 from pretrain.health import Beat
 from pretrain.lease import Lease
 from pretrain.run import die_with_parent
@@ -35,8 +34,6 @@ REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _POLL_S = 0.05
 _SETTLE_S = 0.5
 _REPEAT_S = 5.0
-_EXPLAINED = (2, 65, 70, 78)
-"""Codes of a rank that knew why it ended, and left a note."""
 
 
 @dataclass
@@ -131,9 +128,7 @@ class Supervisor:
         while time.monotonic() < deadline and len(self._team.ended()) < self._team.world:
             time.sleep(_POLL_S)
         dead = {number: code for number, code in sorted(self._team.ended().items()) if code != DONE}
-        killed = [number for number, code in dead.items() if code < 0 and code != -signal.SIGABRT]
-        explained = [number for number, code in dead.items() if code in _EXPLAINED]
-        first = (killed or explained or list(dead))[0]
+        first = first_cause(dead)
         code = dead[first] if dead[first] > 0 else 128 - dead[first]
         # by a signal to this process, or by a request in the run folder that rank 0 saw
         if code in (PREEMPTED, INTERRUPTED):
@@ -141,7 +136,8 @@ class Supervisor:
         if self.asked is not None and code == 128 + self.asked:  # it had not yet begun to listen
             return _End(self._asked_code(), "stopped as asked, before it began")
         beat = self._team.beats().get(first)
-        return _End(code, self._describe(first, dead[first], beat), self._facts(first, beat))
+        cause = describe(self._folder, first, self._team.who(first), dead[first], beat)
+        return _End(code, cause, self._facts(first, beat))
 
     def _facts(self, number: int, beat: Beat | None) -> dict[str, object]:
         # a beacon's word is up to a second old, and steps may be shorter
@@ -149,49 +145,21 @@ class Supervisor:
         step = max(beat.step if beat else 0, row["step"] if row else 0)
         return {"rank": number, "host": self._team.host(number), "step": step}
 
-    def _describe(self, number: int, code: int, beat: Beat | None) -> str:
-        where = f"in phase {beat.phase!r} of step {beat.step}" if beat else "before its first sign of life"
-        who = self._team.who(number)
-        if code < 0:
-            name = signal.Signals(-code).name
-            hint = " (the kernel does that when memory runs out: see `dmesg`)" if name == "SIGKILL" else ""
-            return f"{who} died {where}: {name}{hint}"
-        with contextlib.suppress(OSError, ValueError):
-            note = json.loads(self._folder.exit_of(number).read_bytes())
-            return note["message"] if code in _EXPLAINED else f"{who} failed {where}: {note['message']}"
-        return f"{who} ended {where} with exit code {code}; see {self._folder.log_of(number)}"
-
     def _find_hang(self, started: float) -> _End | None:
         """The rank without a sign of life for longer than it may be; stacks of all are stored first."""
         over = self._team.ended()
         beats = {number: beat for number, beat in self._team.beats().items() if number not in over}
-        # a rank within a step may only wait for one that still fetches its data: none is judged before the most patient
-        patience = max((self._limit(beat) for beat in beats.values()), default=0.0)
         frozen = self._team.frozen() & set(beats)
-        oldest: tuple[float, int] | None = None
-        for number, beat in beats.items():
-            age = beat.age_s if beat else time.monotonic() - started
-            limit = min(patience, self._launch.hang_s) if number in frozen else patience
-            if age > limit and (oldest is None or age > oldest[0]):
-                oldest = (age, number)
+        oldest = longest_silent(beats, frozen, time.monotonic() - started, self._launch)
         if oldest is None:
             return None
         # a stopped process hangs by itself; the others only wait for it
-        number = min(frozen, default=oldest[1])
+        number = min(frozen, default=oldest.rank)
         beat = beats[number]
         self._team.send(signal.SIGUSR2)
         time.sleep(_SETTLE_S)
-        where = f"(last: {beat.phase} of step {beat.step})" if beat else "(it never began)"
-        cause = (
-            f"{self._team.who(number)}: no progress for {oldest[0]:.0f} s {where}; stacks of all ranks are in"
-            f" {self._folder.logs}"
-        )
+        cause = hang(self._team.who(number), oldest.age_s, beat, self._folder)
         return _End(128 + signal.SIGKILL, cause, self._facts(number, beat))
-
-    def _limit(self, beat: Beat | None) -> float:
-        if beat is None or beat.phase != "step" or beat.step_s == 0.0:
-            return self._launch.start_s
-        return max(self._launch.hang_s, 5 * beat.step_s)
 
     def listen(self) -> None:
         """Take requests to stop from now on."""
