@@ -56,8 +56,22 @@ def leviathan(
 
 
 @app.command(rich_help_panel=PREPARE)
-def doctor() -> None:
+def doctor(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="CONFIG | KEY=VALUE", help="With --nodes: of a job, such as launch.slurm.wrapper."),
+    ] = None,
+    nodes: Annotated[
+        bool, typer.Option("--nodes", help="Test every node of the Slurm allocation that this is called in.")
+    ] = False,
+) -> None:
     """Test this machine: versions, processors, memory, disk, clock, network between ranks; say what to do."""
+    if nodes:
+        from launcher.doctor_nodes import examine_nodes
+
+        raise typer.Exit(examine_nodes(*_split(words or [])))
+    if words:
+        raise UsageError(f"a configuration is looked at with --nodes alone; leave {words[0]!r} out")
     from launcher.doctor import examine
 
     raise typer.Exit(examine(Path.cwd()))

@@ -34,8 +34,9 @@ from pretrain.report import duration
 PROJECT = "leviathan-pretrain"
 PROBE_S = 60.0
 STALE_LOCK_S = 3600.0
+STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+"""How findings look."""
 _GIB = 1 << 30
-_STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,18 @@ def examine(folder: Path) -> int:
             rows += test()
     table = make_table("", "what", "found")
     for row in rows:
-        table.add_row(Text(row.state, style=_STYLES[row.state]), row.name, harmless(row.found))
+        table.add_row(Text(row.state, style=STYLES[row.state]), row.name, harmless(row.found))
     terminal.print(table)
     advised = [row for row in rows if row.advice]
     if advised:
         terminal.print()
     for row in advised:
-        line = Text(f"{row.state} ", style=_STYLES[row.state])
+        line = Text(f"{row.state} ", style=STYLES[row.state])
         terminal.print(line.append(f"{row.name}: {harmless(row.advice)}", style="default"), soft_wrap=True)
     failed, took = sum(row.state == "fail" for row in rows), duration(time.monotonic() - began)
     warned = sum(row.state == "warn" for row in rows)
     verdict = f"\n{failed} failed, {warned} with a warning, {len(rows) - failed - warned} fine ({took})"
-    terminal.print(told(verdict, _STYLES["fail" if failed else "warn" if warned else "ok"]))
+    terminal.print(told(verdict, STYLES["fail" if failed else "warn" if warned else "ok"]))
     return 1 if failed else DONE
 
 

@@ -64,22 +64,31 @@ class SlurmTeam(Team):
         restarts = f", start {int(again) + 1}" if again != "0" else ""
         return f"{', '.join(self._hosts)} (Slurm job {self._job}{restarts})"
 
-    def preflight(self) -> None:
-        """Let every node measure itself, and tell what was found. Raises ConfigError where one is not fit."""
+    def measure(self) -> tuple[list[preflight.Report], list[preflight.Finding]]:
+        """What every node finds of itself and of its way to the others, and what is wrong with which."""
         hosts, each = self._hosts, 1
         shutil.rmtree(preflight.folder_of(self.folder), ignore_errors=True)
-        words = self._words("launcher.preflight", each, "preflight")
+        for number in range(len(hosts)):
+            preflight.log_of(self.folder, number).unlink(missing_ok=True)
+        words = self._words("launcher.preflight", each, preflight.LOG)
         environment = os.environ | self._meeting(each) | {"WORLD_SIZE": str(len(hosts))}
         environment["LEVIATHAN_BEACON"] = self._beacons.next_attempt()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, timeout=PREFLIGHT_S, check=False)
-        slurm.kill_steps(self._job)
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, timeout=PREFLIGHT_S, check=False)
+        finally:
+            slurm.kill_steps(self._job)
         reports, findings = preflight.collect(self.folder, hosts)
         findings += preflight.judge(reports)
+        reported = {report["node"] for report in reports}
         unheard = [
             hosts[number] for number, beat in self._beacons.beats().items() if beat is None and number < len(hosts)
         ]
-        findings += [preflight.unheard(host, hosts[0]) for host in unheard]
+        return reports, findings + [preflight.unheard(host, hosts[0]) for host in unheard if host in reported]
+
+    def preflight(self) -> None:
+        """Let every node measure itself, and tell what was found. Raises ConfigError where one is not fit."""
+        reports, findings = self.measure()
         for finding in findings:
             self.folder.event("warning", f"node {finding.host} {finding.message}", host=finding.host)
         stops = [f"node {finding.host} {finding.message}" for finding in findings if finding.stops]

@@ -27,6 +27,7 @@ import psutil
 
 from configs.errors import DONE
 from data_pipeline.files import human_bytes, write_whole
+from launcher.screen import cores
 from launcher.snapshot import code_name
 from pretrain.beacon import Beacon
 from pretrain.run_folder import RunFolder
@@ -36,10 +37,13 @@ MUST_AGREE = {
     "gpus": "GPUs",
 }  # fmt: skip
 """What has to be the same on all nodes, by what people call it."""
-SLOW, MEMORY_GIB, CLOCK_S = 0.6, 1.0, 2.0
-"""A node is slow below so much of the median's speed; memory that must be free; how far clocks may be apart."""
+SLOW, MEMORY_GIB, SHM_GIB, CLOCK_S = 0.6, 1.0, 1.0, 2.0
+"""A node is slow below so much of the median's speed; memory that must be free, and shared memory that had better be;
+how far clocks may be apart."""
 TOGETHER_S = 120.0
+LOG = "preflight"
 _LARGE = 4 << 20
+_MEASURED = {"cores", "flops", "memory_free", "disk_free", "shm_free", "fsync_s"}
 
 Report = dict[str, Any]
 
@@ -58,16 +62,35 @@ def folder_of(run: RunFolder) -> Path:
     return run.path / "preflight"
 
 
+def log_of(run: RunFolder, number: int) -> Path:
+    """What a node printed meanwhile."""
+    return run.logs / f"{LOG}_{number:05d}.log"
+
+
 def collect(run: RunFolder, hosts: Sequence[str]) -> tuple[list[Report], list[Finding]]:
     """What all nodes found, and those that found nothing."""
     reports, silent = [], []
     for number, host in enumerate(hosts):
         try:
-            reports.append(json.loads((folder_of(run) / f"{number:05d}.json").read_bytes()) | {"node": host})
+            report = json.loads((folder_of(run) / f"{number:05d}.json").read_bytes())
         except (OSError, ValueError):
             message = "did not report: it cannot start Python, see the run folder, or reach the other nodes"
-            silent.append(Finding(host, message, True))
+            silent.append(Finding(host, f"{message}{_last_words(log_of(run, number))}", True))
+            continue
+        if set(report) >= set(MUST_AGREE) | _MEASURED:
+            reports.append(report | {"node": host})
+        else:
+            silent.append(Finding(host, f"has other code ({report.get('code')}), which reports other things", True))
     return reports, silent
+
+
+def _last_words(log: Path) -> str:
+    try:
+        lines = log.read_text(errors="replace").split("\n")
+    except OSError:
+        return ""
+    said = [line.strip() for line in lines if line.strip()]
+    return f"; it said: {said[-1][:200]}" if said else ""
 
 
 def judge(reports: Sequence[Report]) -> list[Finding]:
@@ -84,6 +107,9 @@ def judge(reports: Sequence[Report]) -> list[Finding]:
         node, free = report["node"], report["memory_free"]
         if free < MEMORY_GIB * (1 << 30):
             findings.append(Finding(node, f"has only {human_bytes(free)} of memory free", True))
+        if report["shm_free"] < SHM_GIB * (1 << 30):
+            message = f"has only {human_bytes(report['shm_free'])} free in /dev/shm; NCCL and Ray want more"
+            findings.append(Finding(node, message, False))
         if report.get("error"):
             findings.append(Finding(node, report["error"], True))
     findings += _slower(reports, "flops", "matrix products", "FLOP/s", slow_is_less=True)
@@ -103,12 +129,17 @@ def unheard(host: str, by: str) -> Finding:
 def summary(reports: Sequence[Report]) -> str:
     """All nodes in a sentence."""
     rates = [report["flops"] / 1e9 for report in reports]
-    text = f"{len(reports)} nodes are fit: {min(rates):,.0f} to {max(rates):,.0f} GFLOP/s"
+    network = speed_between(reports)
+    return f"{len(reports)} nodes are fit: {min(rates):,.0f} to {max(rates):,.0f} GFLOP/s{network and ', '}{network}"
+
+
+def speed_between(reports: Sequence[Report]) -> str:
+    """How fast nodes sum tensors; empty where there is one, or they could not."""
     shared = next((report for report in reports if "all_reduce_bytes_per_s" in report), None)
-    if shared is not None:
-        rate, latency = human_bytes(shared["all_reduce_bytes_per_s"]), 1e6 * shared["all_reduce_latency_s"]
-        text += f", all-reduce {rate}/s, latency {latency:,.0f} µs"
-    return text
+    if shared is None:
+        return ""
+    rate, latency = human_bytes(shared["all_reduce_bytes_per_s"]), 1e6 * shared["all_reduce_latency_s"]
+    return f"all-reduce {rate}/s, latency {latency:,.0f} µs"
 
 
 def _slower(reports: Sequence[Report], key: str, what: str, unit: str, *, slow_is_less: bool) -> list[Finding]:
@@ -148,13 +179,15 @@ def alone(run: RunFolder) -> Report:
     from pretrain.cost import measured_flops
 
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    devices = [torch.device("cuda", n) for n in range(torch.cuda.device_count())] if cuda else [torch.device("cpu")]
+    dtype = torch.bfloat16 if cuda else torch.float32
     config = hashlib.sha256(run.config.read_bytes() + run.launch.read_bytes()).hexdigest()
     return {
         "host": socket.gethostname(), "code": code_name(), "config": config[:12], "python": platform.python_version(),
         "torch": torch.__version__, "deepspeed": importlib.metadata.version("deepspeed"),
-        "gpus": torch.cuda.device_count() if cuda else 0, "cores": len(os.sched_getaffinity(0)),
-        "flops": measured_flops(device, torch.bfloat16 if cuda else torch.float32, seconds=0.5),
+        "gpus": len(devices) if cuda else 0, "cores": cores(),
+        # all ranks wait for the slowest
+        "flops": min(measured_flops(device, dtype, seconds=0.5) for device in devices),
         "memory_free": psutil.virtual_memory().available, "disk_free": shutil.disk_usage(run.path).free,
         "shm_free": shutil.disk_usage("/dev/shm").free, "fsync_s": _fsync(run.path),
     }  # fmt: skip

@@ -83,12 +83,16 @@ def requeue(number: str) -> None:
     _check(_call(["scontrol", "requeue", number]), f"requeue job {number}")
 
 
+def steps(number: str) -> list[str]:
+    """What `srun` started within a job and has not ended, such as `12.0`."""
+    listed = _call(["squeue", "--steps", "--noheader", "--format=%i", f"--jobs={number}"])
+    return [step for step in listed.stdout.split() if step.split(".")[-1].isdigit()]
+
+
 def kill_steps(number: str) -> None:
     """Kill what `srun` started within a job; the batch script goes on."""
-    listed = _call(["squeue", "--steps", "--noheader", "--format=%i", f"--jobs={number}"])
-    for step in listed.stdout.split():
-        if step.split(".")[-1].isdigit():
-            _call(["scancel", "--signal=KILL", step])
+    for step in steps(number):
+        _call(["scancel", "--signal=KILL", step])
 
 
 def hosts(nodes: str) -> list[str]:

@@ -77,7 +77,7 @@ def test_the_version_is_told():
         (("generate", "x"), "Missing option '--prompt'; see `leviathan generate --help`"),
         (("train",), "Missing argument 'CONFIG | KEY=VALUE'; see `leviathan train --help`"),
         (("eval", "x", "--rows", "few"), "--rows few is no number of rows; write for example 256, or all"),
-        (("doctor", "now"), "Got unexpected extra argument(s) (now); see `leviathan doctor --help`"),
+        (("doctor", "now"), "a configuration is looked at with --nodes alone; leave 'now' out"),
     ],
 )
 def test_words_it_does_not_know_are_one_line_and_exit_2(words, told):

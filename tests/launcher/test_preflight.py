@@ -14,7 +14,7 @@ from launcher.preflight import collect, folder_of, judge, summary
 from pretrain.run_folder import RunFolder
 
 FIT = {
-    "code": "code-1", "config": "c", "python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8", "gpus": 8,
+    "code": "code-1", "config": "c", "python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8", "gpus": 8, "cores": 64, "disk_free": 1 << 40, "shm_free": 64 << 30,
     "flops": 1e12, "memory_free": 64 << 30, "fsync_s": 0.001, "clock_s": 0.0,
 }  # fmt: skip
 
