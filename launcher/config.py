@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Literal
 
 from pydantic import field_validator, model_validator
 
@@ -74,20 +75,37 @@ class SlurmConfig(Config):
         return value
 
 
+class RayConfig(Config):
+    """What a job asks a Ray cluster for, for each of launch.ranks."""
+
+    min_ranks: int | None = key(
+        None, "free", "fewest ranks that a run goes on with while nodes are lost; empty: all of launch.ranks", gt=0
+    )
+    gpus: bool = key(False, "free", "a GPU for every rank")
+    cpus_per_rank: float = key(1.0, "free", "cores for each rank", gt=0)
+    placement: Literal["pack", "spread"] = key("pack", "free", "ranks on few nodes, or on many")
+    resize_s: float = key(60.0, "free", "how often a run that lost ranks looks for room to grow again", gt=0)
+    env_file: str | None = key(None, "free", "a file of shell commands that every process begins with")
+    python: str | None = key(None, "free", "Python on the nodes; empty: the one that submits")
+
+
 class LaunchConfig(Config):
     """How many processes, and what is done when one of them dies."""
 
     ranks: int = key(1, "record", "processes that train, one a device", gt=0)
-    nodes: int = key(1, "free", "machines of a cluster that share the ranks", gt=0)
+    nodes: int = key(1, "free", "machines of a Slurm job that share the ranks", gt=0)
     max_restarts: int | None = key(None, "free", "restarts of a run; empty: as long as it makes progress", ge=0)
     hang_s: float = key(10.0, "free", "longest step, unless five usual steps take longer; then it hangs", gt=0)
     start_s: float = key(600.0, "free", "longest time until the first step, and of a save or an evaluation", gt=0)
     grace_s: float = key(25.0, "free", "time to save in after SIGTERM before what is left is killed", gt=0)
     preflight: bool = key(True, "free", "on a cluster, let every node measure itself before a job starts")
     slurm: SlurmConfig = section(SlurmConfig)
+    ray: RayConfig = section(RayConfig)
 
     @model_validator(mode="after")
     def _deals_evenly(self) -> LaunchConfig:
         if self.ranks % self.nodes:
             raise ValueError(f"{self.ranks} ranks cannot be shared evenly by {self.nodes} nodes; use a multiple")
+        if self.ray.min_ranks is not None and self.ray.min_ranks > self.ranks:
+            raise ValueError(f"ray.min_ranks is {self.ray.min_ranks}, and there are {self.ranks} ranks; use fewer")
         return self

@@ -58,7 +58,9 @@ def examine_nodes(files: Sequence[str], words: Sequence[str]) -> int:
         cells = cells_of(by_node[node]) if node in by_node else []
         table.add_row(Text(state, style=STYLES[state]), Text(node, style=STYLES[state]), *cells)
     terminal.print(table)
-    terminal.print(f"\n{'; '.join(filter(None, [versions_of(reports), speed_between(reports)]))}", soft_wrap=True)
+    if reports:
+        facts = "; ".join(filter(None, [versions_of(reports), speed_between(reports)]))
+        terminal.print(f"\n{facts}", soft_wrap=True)
     for finding in findings:
         style = STYLES["fail" if finding.stops else "warn"]
         terminal.print(told(f"node {finding.host} {finding.message}", style), soft_wrap=True)

@@ -22,7 +22,7 @@ import psutil
 
 from launcher.config import LaunchConfig
 from launcher.network import free_port
-from launcher.team import Team, threads_of
+from launcher.team import Team, common_environment, forget_exits, threads_of
 from pretrain.health import Beat, heartbeat_file, read_heartbeat
 from pretrain.run_folder import RunFolder
 
@@ -54,7 +54,7 @@ class LocalTeam(Team):
         if not self._ranks:
             self._heartbeats = Path(tempfile.mkdtemp(prefix="leviathan-"))
             _adopt_orphans()
-        common = self.common_environment(attempt, fence) | {
+        common = common_environment(self.world, attempt, fence) | {
             "LOCAL_SIZE": str(self.world),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port("127.0.0.1")),
@@ -63,7 +63,7 @@ class LocalTeam(Team):
             # all ranks are here: a host name that resolves to nothing useful must not matter
             "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         }
-        self.forget_exits()
+        forget_exits(self.folder, self.world)
         self._ranks = []
         for number in range(self.world):
             heartbeat_file(self._heartbeats, number).unlink(missing_ok=True)

@@ -29,7 +29,7 @@ from launcher.network import free_port, own_address_towards
 from launcher.restart import NO_PROGRESS_LIMIT
 from launcher.snapshot import ROOT, check_code
 from launcher.supervise import Supervisor
-from launcher.team import Team
+from launcher.team import Team, common_environment, forget_exits
 from pretrain.health import Beat
 from pretrain.run_folder import Record, RunFolder
 
@@ -70,7 +70,7 @@ class SlurmTeam(Team):
         shutil.rmtree(preflight.folder_of(self.folder), ignore_errors=True)
         for number in range(len(hosts)):
             preflight.log_of(self.folder, number).unlink(missing_ok=True)
-        words = self._words("launcher.preflight", each, preflight.LOG)
+        words = self._words("launcher.preflight", each, preflight.LOG, wait_s=preflight.WAIT_S)
         environment = os.environ | self._meeting(each) | {"WORLD_SIZE": str(len(hosts))}
         environment["LEVIATHAN_BEACON"] = self._beacons.next_attempt()
         try:
@@ -79,7 +79,7 @@ class SlurmTeam(Team):
         finally:
             slurm.kill_steps(self._job)
         reports, findings = preflight.collect(self.folder, hosts)
-        findings += preflight.judge(reports)
+        findings += preflight.judge(reports, silent=bool(findings))
         reported = {report["node"] for report in reports}
         unheard = [
             hosts[number] for number, beat in self._beacons.beats().items() if beat is None and number < len(hosts)
@@ -89,18 +89,13 @@ class SlurmTeam(Team):
     def preflight(self) -> None:
         """Let every node measure itself, and tell what was found. Raises ConfigError where one is not fit."""
         reports, findings = self.measure()
-        for finding in findings:
-            self.folder.event("warning", f"node {finding.host} {finding.message}", host=finding.host)
-        stops = [f"node {finding.host} {finding.message}" for finding in findings if finding.stops]
-        if stops:
-            raise ConfigError(f"{'; '.join(stops)}; exclude it (launch.slurm.extra=[--exclude=NODE]) or mend it")
-        self.folder.event("preflight", preflight.summary(reports), nodes=reports)
+        preflight.settle(self.folder, reports, findings, "exclude it (launch.slurm.extra=[--exclude=NODE]) or mend it")
 
     def start(self, attempt: int, fence: int) -> None:
-        self.forget_exits()
+        forget_exits(self.folder, self.world)
         self._codes = {}
         each = self.world // self.launch.nodes
-        environment = os.environ | self.common_environment(attempt, fence) | self._meeting(each)
+        environment = os.environ | common_environment(self.world, attempt, fence) | self._meeting(each)
         environment["LEVIATHAN_BEACON"] = self._beacons.next_attempt()
         words = self._words("pretrain.run", each, "rank")
         self._srun = subprocess.Popen(
@@ -118,12 +113,13 @@ class SlurmTeam(Team):
             "LEVIATHAN_RANKS_OF_A_NODE": str(each),
         }
 
-    def _words(self, module: str, each: int, log: str) -> list[str]:
-        """Of `srun`, for `each` processes of a module on every node, whose logs begin with `log`."""
+    def _words(self, module: str, each: int, log: str, wait_s: int = 0) -> list[str]:
+        """Of `srun`, for `each` processes of a module on every node, whose logs begin with `log`. wait_s: how long the
+        others may go on after the first has ended; 0: as long as they like."""
         launch, asks = self.launch, self.launch.slurm
         logs = str(self.folder.logs.resolve()).replace("%", "%%")
         # the first task that ends must not take the others with it: they may be saving. The supervisor judges
-        words = ["srun", "--kill-on-bad-exit=0", "--wait=0", "--distribution=block", "--open-mode=append",
+        words = ["srun", "--kill-on-bad-exit=0", f"--wait={wait_s}", "--distribution=block", "--open-mode=append",
                  f"--nodes={launch.nodes}", f"--ntasks={launch.nodes * each}", f"--ntasks-per-node={each}",
                  f"--output={logs}/{log}_%5t.log"]  # fmt: skip
         if asks.cpus_per_rank is not None:

@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from configs.errors import DONE
+from configs.errors import DONE, ConfigError
 from data_pipeline.files import human_bytes, write_whole
 from launcher.screen import cores
 from launcher.snapshot import code_name
@@ -40,7 +40,9 @@ MUST_AGREE = {
 SLOW, MEMORY_GIB, SHM_GIB, CLOCK_S = 0.6, 1.0, 1.0, 2.0
 """A node is slow below so much of the median's speed; memory that must be free, and shared memory that had better be;
 how far clocks may be apart."""
-TOGETHER_S = 120.0
+TOGETHER_S, WAIT_S = 120.0, 60
+"""How long a node waits for others; how long those that are left have once the first has ended."""
+ENDED = "ended while nodes spoke with each other"
 LOG = "preflight"
 _LARGE = 4 << 20
 _MEASURED = {"cores", "flops", "memory_free", "disk_free", "shm_free", "fsync_s"}
@@ -93,8 +95,18 @@ def _last_words(log: Path) -> str:
     return f"; it said: {said[-1][:200]}" if said else ""
 
 
-def judge(reports: Sequence[Report]) -> list[Finding]:
-    """What is wrong with which node."""
+def settle(run: RunFolder, reports: Sequence[Report], findings: Sequence[Finding], cure: str) -> None:
+    """Tell what all nodes found. Raises ConfigError where one is not fit; cure: what to do about it then."""
+    for finding in findings:
+        run.event("warning", f"node {finding.host} {finding.message}", host=finding.host)
+    stops = [f"node {finding.host} {finding.message}" for finding in findings if finding.stops]
+    if stops:
+        raise ConfigError(f"{'; '.join(stops)}; {cure}")
+    run.event("preflight", summary(reports), nodes=reports)
+
+
+def judge(reports: Sequence[Report], silent: bool = False) -> list[Finding]:
+    """What is wrong with which node. silent: there are nodes that did not report."""
     findings = []
     for key, what in MUST_AGREE.items():
         values = Counter(str(report[key]) for report in reports)
@@ -110,8 +122,10 @@ def judge(reports: Sequence[Report]) -> list[Finding]:
         if report["shm_free"] < SHM_GIB * (1 << 30):
             message = f"has only {human_bytes(report['shm_free'])} free in /dev/shm; NCCL and Ray want more"
             findings.append(Finding(node, message, False))
-        if report.get("error"):
-            findings.append(Finding(node, report["error"], True))
+    # who waited in vain for another is not to blame
+    ended = [report for report in reports if report.get("error") == ENDED]
+    lost = [] if silent else ended or [report for report in reports if report.get("error")]
+    findings += [Finding(report["node"], report["error"], True) for report in lost]
     findings += _slower(reports, "flops", "matrix products", "FLOP/s", slow_is_less=True)
     findings += _slower(reports, "fsync_s", "a durable write", "s", slow_is_less=False)
     for report in reports:
@@ -163,13 +177,19 @@ def main(arguments: list[str]) -> int:
     run, number = RunFolder(Path(arguments[0])), int(os.environ["RANK"])
     Beacon.from_environment(number, lambda: (time.monotonic(), 0, 0, 0))
     report = alone(run)
+    folder_of(run).mkdir(mode=0o700, exist_ok=True)
+    # at once, for whoever dies on the way
+    _leave_report(run, number, report | {"error": ENDED})
     try:
         report |= together(int(os.environ["WORLD_SIZE"]), number)
     except Exception as error:  # whatever keeps nodes apart is this report's news
         report["error"] = f"cannot speak with the other nodes: {str(error).splitlines()[0][:300]}"
-    folder_of(run).mkdir(mode=0o700, exist_ok=True)
-    write_whole(folder_of(run) / f"{number:05d}.json", json.dumps(report).encode())
+    _leave_report(run, number, report)
     return DONE
+
+
+def _leave_report(run: RunFolder, number: int, report: Report) -> None:
+    write_whole(folder_of(run) / f"{number:05d}.json", json.dumps(report).encode())
 
 
 def alone(run: RunFolder) -> Report:

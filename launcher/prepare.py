@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import subprocess
@@ -147,6 +148,15 @@ def check_rows(config: RunConfig, ranks: int) -> None:
         raise ConfigError(
             f"train.micro_rows is {micro}, which does not divide the {share} rows of a rank; the nearest is {fits}"
         )
+
+
+def most_ranks(config: RunConfig, most: int) -> int:
+    """The most ranks, up to `most`, to which the global batch can be dealt. Raises ConfigError where there are none."""
+    for ranks in range(most, 0, -1):
+        with contextlib.suppress(ConfigError):
+            check_rows(config, ranks)
+            return ranks
+    raise ConfigError(f"no number of ranks up to {most} divides train.batch_rows {config.train.batch_rows}; change it")
 
 
 def _below(layers: Layers, name: str) -> dict[Any, Any]:

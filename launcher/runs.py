@@ -170,6 +170,12 @@ def newest_row(folder: RunFolder) -> Record | None:
     return rows[-1] if rows else None
 
 
+def attempts_before(folder: RunFolder) -> int:
+    """How many attempts a run has had: they are numbered over all its life, so that readers know which is the last."""
+    launches = (record["attempt"] for record in folder.history() if record["event"] == "launch")
+    return 1 + max(launches, default=-1)
+
+
 def exit_notes(state: State) -> list[Record]:
     """What the ranks of the last attempt wrote when they ended in trouble, by rank."""
     attempt = max((event["attempt"] for event in state.history if event["event"] == "launch"), default=0)

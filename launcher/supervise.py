@@ -20,7 +20,7 @@ from configs.load import load
 from launcher.config import LaunchConfig
 from launcher.on_local import LocalTeam
 from launcher.restart import Attempt, decide
-from launcher.runs import newest_row
+from launcher.runs import attempts_before, newest_row
 from launcher.team import Team
 from launcher.watch import describe, first_cause, hang, longest_silent
 from pretrain.health import Beat
@@ -71,7 +71,7 @@ class Supervisor:
 
     def _attempts(self, fence: int) -> int:
         history: list[Attempt] = []
-        number = self._attempts_before()
+        number = attempts_before(self._folder)
         while True:
             began = self._newest_step()
             self._folder.attempt = number
@@ -199,11 +199,6 @@ class Supervisor:
         self._folder.event(
             "restart", f"restart {number}/{most if most is not None else '∞'} {origin}", step=step, redo=redo
         )
-
-    def _attempts_before(self) -> int:
-        """Attempts are numbered over the whole life of the run, so that readers know which line is the last."""
-        launches = (record["attempt"] for record in self._folder.history() if record["event"] == "launch")
-        return 1 + max(launches, default=-1)
 
     def _newest_step(self) -> int:
         """The step of the newest committed checkpoint; 0 where there is none."""

@@ -58,20 +58,22 @@ class Team(ABC):
     def close(self) -> None:
         """Leave nothing of the team itself behind."""
 
-    def common_environment(self, attempt: int, fence: int) -> dict[str, str]:
-        """What every rank is told by its environment, wherever it is."""
-        return {
-            "WORLD_SIZE": str(self.world),
-            "LEVIATHAN_ATTEMPT": str(attempt),
-            "LEVIATHAN_FENCE": str(fence),
-            "LEVIATHAN_NONCE": secrets.token_hex(16),
-            "PYTHONUNBUFFERED": "1",
-        }
 
-    def forget_exits(self) -> None:
-        """Remove the notes of why ranks ended."""
-        for number in range(self.world):
-            self.folder.exit_of(number).unlink(missing_ok=True)
+def common_environment(world: int, attempt: int, fence: int) -> dict[str, str]:
+    """What every rank is told by its environment, wherever it is."""
+    return {
+        "WORLD_SIZE": str(world),
+        "LEVIATHAN_ATTEMPT": str(attempt),
+        "LEVIATHAN_FENCE": str(fence),
+        "LEVIATHAN_NONCE": secrets.token_hex(16),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def forget_exits(folder: RunFolder, world: int) -> None:
+    """Remove the notes of why ranks ended."""
+    for number in range(world):
+        folder.exit_of(number).unlink(missing_ok=True)
 
 
 def threads_of(ranks_here: int) -> dict[str, str]:

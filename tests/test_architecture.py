@@ -29,7 +29,7 @@ DOORS = {
     "deepspeed": {"pretrain/engine_deepspeed.py", "pretrain/ops/expert_parallel.py"},
     "wandb": {"pretrain/metrics.py"},
     "torch.distributed": {"pretrain/parallel.py"},
-    "ray": {"launcher/on_ray.py", "data_pipeline/on_ray.py"},
+    "ray": {"launcher/on_ray.py", "launcher/ray_rank.py", "data_pipeline/on_ray.py"},
     "webdataset": {"data_pipeline/shards.py"},
     "sentencepiece": {"data_pipeline/tokenizer.py"},
     "matplotlib": {"pretrain/plots.py"},
