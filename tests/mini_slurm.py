@@ -1,7 +1,8 @@
 """A real Slurm on this machine for tests: munged, slurmctld, and one slurmd for each node, all in one folder.
 
 Nothing of it is installed or left behind: keys, sockets, state and logs lie in a temporary folder, and clients find it
-by SLURM_CONF. It needs root, and Debian's slurm-wlm, whose slurmd can play several nodes of one host.
+by SLURM_CONF. It needs root, and Debian's slurm-wlm, whose slurmd can play several nodes of one host. With `apart` the
+nodes are as far apart as real ones (tests/network.py), and can die as machines do.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from tests import network
+from tests.network import Network
+
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 _UP_S, _DOWN_S = 30.0, 5.0
 
 _CONF = """\
 ClusterName=mini
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={host}({controller})
 SlurmctldPort={port}
 SlurmdPort={slurmd_port}
 AuthType=auth/munge
@@ -48,7 +52,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=100000,bf_interval=1,bf_resolution=1
 ReturnToService=2
 SlurmctldTimeout=10
-SlurmdTimeout=10
+SlurmdTimeout={timeout_s}
 KillWait=5
 MinJobAge=600
 MessageTimeout=10
@@ -63,15 +67,19 @@ def missing() -> str | None:
     """Why no Slurm can be started here; None where one can."""
     if os.geteuid() != 0:
         return "a Slurm of the tests' own needs root"
-    without = [name for name in NEEDED if shutil.which(name) is None]
-    return f"there is no {', '.join(without)}; install slurm-wlm and munge" if without else None
+    without = [name for name in (*NEEDED, *network.NEEDED) if shutil.which(name) is None]
+    return f"there is no {', '.join(without)}; install slurm-wlm, munge and iproute2" if without else None
 
 
 class MiniSlurm:
-    """Use it in `with`: nodes n1, n2, ... are idle then, and gone afterwards."""
+    """Use it in `with`: nodes n1, n2, ... are idle then, and gone afterwards.
 
-    def __init__(self, nodes: int = 2, cpus: int = 4) -> None:
-        self.count, self._cpus = nodes, cpus
+    timeout_s: how long a node may be silent before Slurm takes it for dead; clusters usually have 300.
+    """
+
+    def __init__(self, nodes: int = 2, cpus: int = 4, apart: bool = False, timeout_s: int = 10) -> None:
+        self.count, self._cpus, self._timeout_s = nodes, cpus, timeout_s
+        self._network = Network(nodes) if apart else None
         self.base = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: sockets' paths are
         self.env = {"SLURM_CONF": str(self.base / "slurm.conf")}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
@@ -88,6 +96,8 @@ class MiniSlurm:
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.run("scancel", "--user=root", check=False)
+        if self._network is not None:
+            self._network.__exit__(kind, problem, trace)
         for daemon in reversed(self._daemons.values()):
             if daemon.poll() is None:
                 daemon.terminate()
@@ -121,6 +131,17 @@ class MiniSlurm:
         """Lift the pause that Slurm gives to a job that was queued again."""
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
 
+    @property
+    def network(self) -> Network:
+        """Between nodes that are apart."""
+        assert self._network is not None
+        return self._network
+
+    def start_node(self, number: int) -> None:
+        """Switch a node on, for the first time or again."""
+        words = ("slurmd", "-D", "-N", f"n{number}")
+        self._daemon(*words, name=f"n{number}", node=number if self._network is not None else None)
+
     def _of_job(self, job: str, fact: str) -> str:
         facts = self.run("scontrol", "show", "job", job, "-o").split()
         return next(word.split("=", 1)[1] for word in facts if word.startswith(f"{fact}="))
@@ -138,33 +159,42 @@ class MiniSlurm:
         self._daemon("munged", "--foreground", "--force", f"--key-file={munge}/key", f"--socket={munge}/socket",
                      f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed")  # fmt: skip
         self._wait(lambda: (munge / "socket").exists(), "munged")
+        if self._network is not None:
+            self._network.__enter__()
         self._daemon("slurmctld", "-D", "-c")
         for number in self._numbers():
-            self._daemon("slurmd", "-D", "-N", f"n{number}", name=f"n{number}")
+            self.start_node(number)
         self._wait(lambda: self._idle() == self.count, "all nodes")
 
     def _idle(self) -> int:
         return self.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).split().count("idle")
 
     def _conf(self) -> str:
-        host, port = socket.gethostname().split(".")[0], _free_ports(self.count + 2)
+        here, port = socket.gethostname().split(".")[0], _free_ports(self.count + 2)
+        apart = self._network
         nodes = [
-            f"NodeName=n{n} NodeHostname={host} NodeAddr=127.0.0.1 Port={port[n + 1]} CPUs={self._cpus} RealMemory=8000"
+            f"NodeName=n{n} NodeHostname={here if apart is None else f'n{n}'}"
+            f" NodeAddr={'127.0.0.1' if apart is None else apart.address(n)}"
+            f" Port={port[n + 1]} CPUs={self._cpus} RealMemory=8000"
             for n in self._numbers()
         ]
-        return _CONF.format(base=self.base, host=host, port=port[0], slurmd_port=port[1], nodes="\n".join(nodes),
-                            count=self.count)  # fmt: skip
+        return _CONF.format(
+            base=self.base, host=here, controller="127.0.0.1" if apart is None else apart.address(), port=port[0],
+            slurmd_port=port[1], nodes="\n".join(nodes), count=self.count, timeout_s=self._timeout_s,
+        )  # fmt: skip
 
     def _numbers(self) -> Sequence[int]:
         return range(1, self.count + 1)
 
-    def _daemon(self, *words: str, name: str | None = None) -> None:
-        name = name or words[0]
+    def _daemon(self, *words: str, name: str | None = None, node: int | None = None) -> None:
+        name, environment = name or words[0], os.environ | self.env
         with open(self.base / "log" / f"{name}.out", "ab") as out:
+            if node is not None:
+                self._daemons[name] = self.network.start(node, words, environment, out)
+                return
             self._daemons[name] = subprocess.Popen(
-                words, env=os.environ | self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                start_new_session=True,
-            )  # fmt: skip
+                words, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            )
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
         end = time.monotonic() + _UP_S

@@ -22,7 +22,8 @@ import psutil
 NEEDED = ("ip", "nsenter", "unshare")
 _HERE, _PATIENCE_S = 254, 20.0
 _BEGIN = """
-hostname "$1" && mount --bind "$2/hosts" /etc/hosts && mount -t tmpfs none /dev/shm &&
+hostname "$1" && mount --bind "$2/hosts" /etc/hosts && mount --bind "$2/resolv.conf" /etc/resolv.conf &&
+mount -t tmpfs none /dev/shm &&
 mkdir -p /tmp/ray && mount --bind "$2/ray" /tmp/ray && shift 2 && "$@"
 exit $?
 """
@@ -52,6 +53,8 @@ class Network:
         for number in self._machines:
             self.kill(number)
         for number in self._numbers:
+            # a name space lives on while the kernel still tries to reach somebody from it
+            _ip("link", "del", self._cable(number), check=False)
             _ip("netns", "del", self._space(number), check=False)
         _ip("link", "del", self._bridge, check=False)
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -89,9 +92,11 @@ class Network:
     def kill(self, number: int) -> None:
         """End a node as a power cut would: nobody is told, not even by a connection that closes."""
         self.cut(number)
-        machine = self._machines[number]
+        machine, others = self._machines[number], self.processes(number)
         machine.send_signal(signal.SIGKILL)
         machine.wait(_PATIENCE_S)
+        _, left = psutil.wait_procs(others, _PATIENCE_S)
+        assert not left, f"n{number} is dead, but not {left}"
 
     def cut(self, number: int) -> None:
         """Pull a node's cable."""
@@ -109,6 +114,8 @@ class Network:
             space, cable, place = self._space(number), self._cable(number), self._folder / f"n{number}"
             (place / "ray").mkdir(parents=True)
             (place / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 n{number}\n")
+            # nobody answers there, and says so at once: this machine's own server may be out of reach, which costs 10 s
+            (place / "resolv.conf").write_text("nameserver 127.0.0.1\n")
             _ip("netns", "add", space)
             _ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", space)
             _ip("link", "set", cable, "master", self._bridge, "up")
@@ -136,4 +143,6 @@ def _free_subnet() -> tuple[str, str]:
 
 
 def _ip(*words: str, check: bool = True) -> None:
-    subprocess.run(["ip", *words], check=check, capture_output=True, timeout=_PATIENCE_S)
+    done = subprocess.run(["ip", *words], check=False, capture_output=True, text=True, timeout=_PATIENCE_S)
+    if check and done.returncode:
+        raise RuntimeError(f"ip {' '.join(words)}: {done.stderr.strip()}")

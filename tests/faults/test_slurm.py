@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-import time
 
-import psutil
 import pytest
 
-from pretrain.checkpoint_files import newest_readable
 from pretrain.run_folder import RunFolder
-from tests.conftest import events, leviathan, losses, wait_until, write_tiny
+from tests.conftest import events, leviathan, wait_until
 from tests.mini_slurm import MiniSlurm, missing
 from tests.small_ensemble import write_ensemble
+from tests.small_job import JOB_S, TWO, assert_same, output_of, processes_of, submit, until_over
 
 pytestmark = [
     pytest.mark.e2e,
@@ -21,58 +19,11 @@ pytestmark = [
     pytest.mark.skipif(missing() is not None and os.environ.get("SLURM_TESTS") != "required", reason=missing() or ""),
 ]
 
-TWO = ("--nodes", 2, "--ranks", 2)
-OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-JOB_S = 150
-"""The longest a job of these tests may take on two busy cores."""
-
 
 @pytest.fixture(scope="module")
 def cluster():
     with MiniSlurm(2) as slurm:
         yield slurm
-
-
-@pytest.fixture(scope="module")
-def undisturbed(shards, corpus, tmp_path_factory):
-    """The same twenty steps on this machine, with nothing happening."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    done = leviathan("train", write_tiny(folder, shards, corpus), "--ranks", 2)
-    assert done.code == 0, done.err
-    return RunFolder(folder / "runs" / "tiny")
-
-
-def submit(cluster, config, *words, env=None):
-    """The run's folder, and the number of its job."""
-    done = leviathan("submit", "slurm", config, *TWO, *words, env=cluster.env | (env or {}))
-    assert done.code == 0, done.err
-    run = RunFolder(config.parent / "runs" / "tiny")
-    return run, run.facts()["job"]["slurm"]
-
-
-def until_over(cluster, job):
-    """How a job ended; one that is queued again does not wait for Slurm's pause."""
-    end = time.monotonic() + JOB_S
-    while (state := cluster.state(job)) not in OVER:
-        assert time.monotonic() < end, f"job {job} is still {state}"
-        if state == "PENDING" and cluster.restarts(job):
-            cluster.start_at_once(job)
-        time.sleep(0.3)
-    return state
-
-
-def output_of(run, job):
-    return (run.path / f"slurm-{job}.log").read_text()
-
-
-def processes_of(run):
-    return [p for p in psutil.process_iter(["cmdline"]) if str(run.path) in (p.info["cmdline"] or [])]
-
-
-def assert_same(run, reference):
-    assert losses(run) == losses(reference)
-    files = [[note["sha256"] for note in newest_readable(each).facts["files"]] for each in (run, reference)]
-    assert files[0] == files[1]
 
 
 def test_a_job_trains_on_two_nodes_and_says_so(cluster, tiny, undisturbed):
