@@ -183,7 +183,8 @@ def main(arguments: list[str]) -> int:
     try:
         report |= together(int(os.environ["WORLD_SIZE"]), number)
     except Exception as error:  # whatever keeps nodes apart is this report's news
-        report["error"] = f"cannot speak with the other nodes: {str(error).splitlines()[0][:300]}"
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        report["error"] = f"cannot speak with the other nodes: {said[:300]}"
     _leave_report(run, number, report)
     return DONE
 

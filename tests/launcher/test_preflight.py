@@ -10,12 +10,13 @@ import sys
 import pytest
 
 from launcher.network import free_port
-from launcher.preflight import collect, folder_of, judge, summary
+from launcher.preflight import ENDED, collect, folder_of, judge, log_of, summary
 from pretrain.run_folder import RunFolder
 
 FIT = {
-    "code": "code-1", "config": "c", "python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8", "gpus": 8, "cores": 64, "disk_free": 1 << 40, "shm_free": 64 << 30,
-    "flops": 1e12, "memory_free": 64 << 30, "fsync_s": 0.001, "clock_s": 0.0,
+    "code": "code-1", "config": "c", "python": "3.11.7", "torch": "2.13.0", "deepspeed": "0.19.8", "gpus": 8,
+    "cores": 64, "flops": 1e12, "memory_free": 64 << 30, "disk_free": 1 << 40, "shm_free": 64 << 30, "fsync_s": 0.001,
+    "clock_s": 0.0,
 }  # fmt: skip
 
 
@@ -41,6 +42,7 @@ def test_nodes_that_agree_are_fit():
         ({"gpus": 7}, "has GPUs 7, the other 3 8"),
         ({"memory_free": 1 << 29}, "has only 512.0 MB of memory free"),
         ({"error": "cannot speak with the other nodes: refused"}, "cannot speak with the other nodes: refused"),
+        ({"error": ENDED}, "ended while nodes spoke with each other"),
     ],
 )
 def test_a_node_that_is_not_like_the_others_stops_a_run(odd, message):
@@ -55,6 +57,7 @@ def test_a_node_that_is_not_like_the_others_stops_a_run(odd, message):
     [
         ({"flops": 4e11}, "is slow: matrix products at 4e+11 FLOP/s, the others 1e+12"),
         ({"fsync_s": 0.1}, "is slow: a durable write at 0.1 s, the others 0.001"),
+        ({"shm_free": 64 << 20}, "has only 67.1 MB free in /dev/shm; NCCL and Ray want more"),
         ({"clock_s": -3.0}, "its clock is -3.0 s off the others'; dates in logs will mislead"),
     ],
 )
@@ -66,6 +69,33 @@ def test_a_node_that_is_only_slow_is_named(odd, message):
 def test_of_two_nodes_the_first_is_the_measure():
     (finding,) = judge(nodes(2, torch="2.11.0"))
     assert (finding.host, finding.message) == ("n2", "has torch 2.11.0, n1 2.13.0")
+
+
+def test_who_waited_in_vain_for_another_is_not_to_blame():
+    waited = {"error": "cannot speak with the other nodes: timed out"}
+    assert judge([FIT | waited | {"node": "n1"}], silent=True) == []
+    (finding,) = judge([FIT | waited | {"node": "n1"}, FIT | {"error": ENDED, "node": "n2"}])
+    assert (finding.host, finding.message) == ("n2", ENDED)
+    both = judge([FIT | waited | {"node": node} for node in ("n1", "n2")])
+    assert [finding.host for finding in both] == ["n1", "n2"]
+
+
+def test_a_node_that_runs_other_code_and_so_reports_other_things_is_named(tmp_path):
+    run = RunFolder(tmp_path)
+    folder_of(run).mkdir()
+    older = {key: value for key, value in FIT.items() if key != "shm_free"} | {"code": "code-0"}
+    (folder_of(run) / "00000.json").write_text(json.dumps(older))
+    reports, (finding,) = collect(run, ["n1"])
+    assert not reports
+    assert (finding.message, finding.stops) == ("has other code (code-0), which reports other things", True)
+
+
+def test_the_last_words_of_a_node_that_does_not_report_are_told(tmp_path):
+    run = RunFolder(tmp_path)
+    run.make()
+    log_of(run, 0).write_text("Traceback …\n\nModuleNotFoundError: No module named 'torch'\n\n")
+    _, (finding,) = collect(run, ["n1"])
+    assert finding.message.endswith("; it said: ModuleNotFoundError: No module named 'torch'")
 
 
 def test_a_node_that_does_not_report_is_named(tmp_path):
