@@ -23,23 +23,14 @@ from data_pipeline import corpora, plan, tokenizer
 from data_pipeline import manifest as manifests
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.documents import Slice
-from data_pipeline.files import free_bytes, human_bytes, write_whole
+from data_pipeline.duplicates import repeated
+from data_pipeline.files import free_bytes, human_bytes
 from data_pipeline.manifest import HEADER, TABLE, Manifest, ShardInfo, TokenizerInfo
+from data_pipeline.output import LocalFolder, Output, load_tokenizer, output_of, save_tokenizer
 from data_pipeline.places import RECORDS, public
 from data_pipeline.pool import executor_of, run_all
-from data_pipeline.tasks import (
-    Counts,
-    Encode,
-    Encoded,
-    Rules,
-    Sample,
-    Scan,
-    Scanned,
-    Task,
-    disk_may_be_full,
-    hash_number,
-    usable,
-)
+from data_pipeline.splits import Counts, Rules, hash_number, usable
+from data_pipeline.tasks import Encode, Encoded, Sample, Scan, Scanned, Train, disk_may_be_full
 from data_pipeline.tokenizer import Tokenizer
 
 FEW = 100
@@ -74,7 +65,7 @@ Report = Callable[[Progress], None]
 
 def build(
     data: DataConfig,
-    out: Path,
+    out: Path | str,
     *,
     workers: int,
     executor: Executor | None = None,
@@ -83,8 +74,9 @@ def build(
 ) -> Manifest:
     """Make the shards of `data` in the folder `out`, going on where an earlier build of the same text stopped.
 
-    workers: tasks at a time, in as many processes (1: in this one), or wherever `executor` sends them; its workers
-    must see `out` and the text under the same paths. rebuild: replace what another build has written into `out`.
+    out: a path, or the URL of a folder on s3:// or gs://. workers: tasks at a time, in as many processes (1: in this
+    one), or wherever `executor` sends them; its workers must see the text, and `out` where it is a path, under the
+    same paths. rebuild: replace what another build has written into `out`.
     Raises ConfigError for a wrong configuration or a folder that holds other shards, DataError for text that cannot be
     read, LeviathanError when a worker died or the disk is full.
     """
@@ -93,13 +85,14 @@ def build(
     if workers < 1:
         raise ConfigError(f"a build with {workers} workers does nothing; give at least 1")
     tokenizer.check_spec(data.tokenizer)
+    output = output_of(out)
     shard_bytes = int(data.shard_mib * MIB)
     # a byte is two bytes of shard; what is held back leaves room for the ends of documents, so one slice is one shard
     slice_bytes = max(1, int(shard_bytes / 2 * 0.95))
     plans = {name: corpora.plan(name, source, slice_bytes) for name, source in data.sources.items()}
     identity = plan.identity(data, plans)
-    with plan.locked(out), disk_may_be_full(out, "the plan, the tokenizer or the manifest"):
-        folder = plan.Folder(out)
+    with output.alone(), disk_may_be_full(output.disk, "the plan, the tokenizer or the manifest"):
+        folder = plan.Folder(output)
         if rebuild:
             folder.clear()
         finished = folder.claim(identity)
@@ -107,9 +100,15 @@ def build(
             return finished
         try:
             with executor_of(workers) if executor is None else nullcontext(executor) as pool:
-                return _Build(data, out, plans, pool, workers, progress).run()
+                made = _Build(data, output, plans, pool, workers, progress).run()
         finally:
-            folder.remove_drafts()
+            output.sweep()
+        # far away nothing keeps others out, and who was told to rebuild may have taken the folder meanwhile
+        folder.check(identity)
+        header, table = manifests.encode(made)
+        output.write(TABLE, table)
+        output.write(HEADER, header)
+        return made
 
 
 @dataclass
@@ -162,18 +161,18 @@ class _Build:
     def __init__(
         self,
         data: DataConfig,
-        out: Path,
+        output: Output,
         plans: dict[str, corpora.Plan],
         pool: Executor,
         in_flight: int,
         progress: Report,
     ) -> None:
-        self._data, self._out, self._pool, self._in_flight, self._progress = data, out, pool, in_flight, progress
+        self._data, self._output, self._pool, self._in_flight, self._progress = data, output, pool, in_flight, progress
         rules = Rules(data.unicode_errors, data.heldout, int(data.heldout * 2**64))
         self._sources = [_Source(name, data.sources[name], one, rules, list(one.slices)) for name, one in plans.items()]
 
     def run(self) -> Manifest:
-        """All phases."""
+        """All phases; the manifest of what they made, which nobody has written yet."""
         self._scan()
         for source in self._sources:
             self._decide(source)
@@ -198,7 +197,7 @@ class _Build:
             for part in missing:
                 source = by_name[part.source]
                 if part.limit_bytes is not None or not source.reached():
-                    yield Scan(part, source.rules, str(self._out))
+                    yield Scan(part, source.rules, self._output)
 
         for task, result in self._run(tasks(), "scan", sum(part.text_bytes for part in missing)):
             by_name[task.slice.source].scans[task.slice.number] = result
@@ -209,7 +208,7 @@ class _Build:
             documents, lowest = _first_documents(source)
         else:
             scans = [source.scans[part.number] for part in source.slices]
-            hashes = [np.fromfile(self._out / RECORDS / s.hashes, dtype="<u8").reshape(-1, 2) for s in scans]
+            hashes = [self._hashes(scan) for scan in scans]
             if self._data.duplicates == "drop":
                 source.dropped = dict(enumerate(repeated(hashes)))
             kept = np.concatenate([np.delete(h[:, 0], source.dropped.get(n, [])) for n, h in enumerate(hashes)])
@@ -222,22 +221,29 @@ class _Build:
             # at 1 %, every third source of 100 documents would hold out none
             source.rules = replace(source.rules, heldout_below=max(source.rules.heldout_below, lowest + 1))
 
+    def _hashes(self, scan: Scanned) -> np.ndarray:
+        """What a scan wrote, (documents, 2) u64."""
+        content = self._output.read(f"{RECORDS}/{scan.hashes}")
+        if content is None:
+            raise DataError(f"{scan.hashes} is gone from {self._output.where}/{RECORDS}; build again")
+        return np.frombuffer(content, dtype="<u8").reshape(-1, 2)
+
     def _tokenizer(self) -> Tokenizer:
         """The tokenizer of the folder: saved by an earlier build, or made now."""
         spec = self._data.tokenizer
         if not tokenizer.is_trained(spec):
             made = tokenizer.make(spec, [])
-            made.save(self._out)
+            save_tokenizer(self._output, made)
             return made
         try:
-            return tokenizer.load_folder(self._out)
+            return load_tokenizer(self._output)
         except DataError:
             pass  # none yet, or a torn one: made again, it is the same
         texts = self._sample()
         size = sum(map(len, texts))
         self._progress(Progress("train tokenizer", "", 0, size))
-        made = tokenizer.make(spec, texts)
-        made.save(self._out)
+        training = iter([Train(spec, texts, self._output)])
+        made = next(outcome.get() for _, outcome in run_all(training, self._pool, 1))
         self._progress(Progress("train tokenizer", "", size, size))
         return made
 
@@ -251,7 +257,7 @@ class _Build:
             count = min(len(source.slices), SAMPLED_SLICES)
             for number in range(count):
                 part = source.slices[number * len(source.slices) // count]
-                tasks.append(Sample(part, source.rules, int(budget * share / count) + 1))
+                tasks.append(Sample(part, source.rules, int(budget * share / count) + 1, self._output))
         found = {
             task.name: result
             for task, result in self._run(iter(tasks), "sample", sum(task.slice.text_bytes for task in tasks))
@@ -266,7 +272,7 @@ class _Build:
             Encode(
                 part,
                 source.rules,
-                str(self._out),
+                self._output,
                 made.sha256,
                 shard_bytes,
                 source.dropped.get(part.number, none),
@@ -279,7 +285,7 @@ class _Build:
         found = {(task.slice.source, task.slice.number): result for task, result in self._run(tasks, "encode", total)}
         return {s.name: [found[s.name, part.number] for part in s.slices] for s in self._sources}
 
-    def _run(self, tasks: Iterator[Task], phase: Phase, total: int) -> Iterator[tuple[Task, Any]]:
+    def _run(self, tasks: Iterator[Scan | Sample | Encode], phase: Phase, total: int) -> Iterator[tuple[Any, Any]]:
         """Each task and its result. Raises what went wrong in the first that failed."""
         told = Progress(phase, "", 0, total)
         for task, outcome in run_all(tasks, self._pool, self._in_flight):
@@ -299,41 +305,28 @@ class _Build:
 
     def _check_disk(self, made: Tokenizer) -> None:
         """Stop before the work when it cannot fit. A token is taken to stand for as much text as it ever does."""
+        if not isinstance(self._output, LocalFolder):
+            return  # a store has no end that it would tell
         text = sum(part.text_bytes for source in self._sources for part in source.slices)
         bytes_a_token = 1 if made.spec == "bytes" else 8
         needed = text * (2 if made.vocab <= 1 << 16 else 4) // bytes_a_token // 2
-        there = sum(path.stat().st_size for path in self._out.glob("*.tar"))
-        free = free_bytes(self._out)
+        there = sum(size for name, size in self._output.sizes().items() if name.endswith(".tar"))
+        free = free_bytes(self._output.disk)
         if needed - there > free:
             raise LeviathanError(
-                f"the shards need at least {human_bytes(needed)} in {self._out}, where {human_bytes(free)} are free;"
-                " make room, choose another data.dir, or set limit_mib of the sources"
+                f"the shards need at least {human_bytes(needed)} in {self._output.where}, where {human_bytes(free)} are"
+                " free; make room, choose another data.dir, or set limit_mib of the sources"
             )
 
     def _finish(self, made: Tokenizer, encoded: dict[str, list[Encoded]]) -> Manifest:
-        """Write the manifest, after everything that it names."""
+        """The manifest of everything that was made."""
         shards, statistics = [], {}
         for source in self._sources:
             found = [shard for result in encoded[source.name] for shard in result.shards]
             # the sort is stable: within a split they stay in the order of the text
             shards += sorted(found, key=lambda shard: shard.split != "train")
             statistics[source.name] = _statistics(source, encoded[source.name], found)
-        manifest = manifests.make(TokenizerInfo(made.spec, made.sha256, made.vocab), shards, statistics)
-        header, table = manifests.encode(manifest)
-        write_whole(self._out / TABLE, table)
-        write_whole(self._out / HEADER, header)
-        return manifest
-
-
-def repeated(hashes: list[np.ndarray]) -> list[np.ndarray]:
-    """For each array (n, 2) of u64 hashes, the rows (int64) that stood before, in it or in an earlier one."""
-    starts = np.cumsum([0, *map(len, hashes)])
-    together = np.concatenate(hashes)
-    order = np.lexsort((together[:, 0], together[:, 1]))  # stable, so the first of equals stays the first
-    ordered = together[order]
-    again = np.sort(order[1:][(ordered[1:] == ordered[:-1]).all(axis=1)])
-    cuts = np.searchsorted(again, starts)
-    return [again[a:b] - start for a, b, start in zip(cuts, cuts[1:], starts)]
+        return manifests.make(TokenizerInfo(made.spec, made.sha256, made.vocab), shards, statistics)
 
 
 def _first_documents(source: _Source) -> tuple[int, int]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import glob
+import logging
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 from urllib.parse import urlsplit
 
 from configs.errors import ConfigError, DataError, LeviathanError
@@ -23,11 +24,21 @@ RECORDS = ".build"
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".tar")
 
+Doing = Literal["read", "written"]
+
 SILENCE_S = 60.0
-"""The longest that a web server may send nothing."""
+"""The longest that a server may send nothing."""
+CONNECT_S = 4.0
+"""The longest that one try to reach a store may take; it is tried some times."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _EXTRAS = {"s3": "s3", "gs": "gcs"}
+_REASONS = {
+    "NoCredentialsError": "no credentials",
+    "DefaultCredentialsError": "no credentials",
+    "EndpointConnectionError": "no answer",
+    "ConnectTimeoutError": "no answer",
+}
 _LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -83,7 +94,7 @@ def open_input(path: str, size: int | None) -> BinaryIO:
             # an HTTP server need not know how to jump, so files are streamed from their start; where no size is given
             # it is asked for first, and every failure to tell it becomes "not found"
             options = {"block_size": 0, "size": size or 1} if path.startswith("http") else {}
-            return _filesystem(path).open(path, "rb", **options)
+            return filesystem(path).open(path, "rb", **options)
     return _open_local(path, size)
 
 
@@ -91,24 +102,24 @@ def open_seekable(path: str, size: int | None) -> BinaryIO:
     """An input in which one can jump, as Parquet needs."""
     if is_url(path):
         with explained(path):
-            return _filesystem(path).open(path, "rb")
+            return filesystem(path).open(path, "rb")
     return _open_local(path, size)
 
 
 @contextlib.contextmanager
-def explained(path: str) -> Iterator[None]:
-    """Turn what goes wrong while reading `path` into one sentence, which shows no secrets of a URL."""
+def explained(path: str, what: Doing = "read") -> Iterator[None]:
+    """Turn what goes wrong while `path` is read or written into one sentence, which shows no secrets of a URL."""
     try:
         yield
     except LeviathanError:
         raise
     except OSError as error:
-        raise DataError(f"{public(path)} cannot be read ({_reason(path, error)}); {_remedy(path)}") from None
+        raise DataError(f"{public(path)} cannot be {what} ({_reason(path, error)}); {_remedy(path)}") from None
     except Exception as error:
         if not is_url(path):
             raise
         # every store has exceptions of its own, and their texts hold the whole URL
-        raise DataError(f"{public(path)} cannot be read ({_reason(path, error)}); {_remedy(path)}") from None
+        raise DataError(f"{public(path)} cannot be {what} ({_reason(path, error)}); {_remedy(path)}") from None
 
 
 def suffix_of(name: str) -> str | None:
@@ -207,7 +218,7 @@ def _open_local(path: str, size: int | None) -> BinaryIO:
     return file
 
 
-def _check_url(url: str) -> str:
+def scheme_of(url: str) -> str:
     """The scheme of a URL that may be read."""
     scheme = url.partition(":")[0].lower()
     try:
@@ -227,30 +238,40 @@ def _check_url(url: str) -> str:
     return scheme
 
 
-def _filesystem(url: str) -> Any:
+def filesystem(url: str) -> Any:
     """fsspec's file system for a URL; raises ConfigError where its package is not installed."""
     import fsspec
 
-    scheme = _check_url(url)
+    scheme = scheme_of(url)
     try:
-        return fsspec.filesystem(scheme, **(_http_options() if scheme in ("http", "https") else {}))
+        return fsspec.filesystem(scheme, **_options(scheme))
     except ImportError:
         extra = _EXTRAS.get(scheme)
         install = f"pip install 'leviathan-pretrain[{extra}]'" if extra else "pip install 'fsspec[http]'"
         raise ConfigError(f"{public(url)} needs a package that is not installed; run `{install}`") from None
 
 
-def _http_options() -> dict[str, Any]:
-    """A connection that is silent is given up; one that is slow is not, as it is by default after five minutes."""
+def _options(scheme: str) -> dict[str, Any]:
+    """How long is waited for whom: by default some wait minutes for what does not answer, or give up what is slow."""
+    if scheme == "s3":
+        # s3fs tries five times what this tries three times
+        retries = {"mode": "standard", "total_max_attempts": 3}
+        config = {"connect_timeout": CONNECT_S, "read_timeout": SILENCE_S, "retries": retries}
+        # a large object is sent in parts of 50 MiB, and as many of them are in memory
+        return {"config_kwargs": config, "max_concurrency": 2}
     import aiohttp
 
+    if scheme == "gs":
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints a traceback of all that it gives up
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
+        return {"session_kwargs": {"timeout": timeout}}
     return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=SILENCE_S)}}
 
 
 def _find_remote(url: str) -> Found:
     """One object, or for s3:// and gs:// also a glob or, ending in /, all below a prefix."""
-    scheme = _check_url(url)
-    fs = _filesystem(url)
+    scheme = scheme_of(url)
+    fs = filesystem(url)
     if scheme in _EXTRAS and (glob.has_magic(url) or url.endswith("/")):
         with explained(url):
             found = fs.glob(url, detail=True) if glob.has_magic(url) else fs.find(url, detail=True)
@@ -273,10 +294,13 @@ def _listed(scheme: str, url: str, found: dict[str, dict[str, Any]]) -> Found:
 def _reason(path: str, error: Exception) -> str:
     if not is_url(path):
         return getattr(error, "strerror", None) or str(error) or type(error).__name__
-    status = getattr(error, "status", None)
+    status, name = getattr(error, "status", None), type(error).__name__
     if isinstance(error, FileNotFoundError):
         return "not found"
-    return f"status {status}" if isinstance(status, int) else type(error).__name__
+    # what one store tells with an exception of its own, another has only words for
+    if isinstance(error, PermissionError) or (isinstance(error, OSError) and str(error).startswith("Forbidden")):
+        return "permission denied"
+    return f"status {status}" if isinstance(status, int) else _REASONS.get(name, name)
 
 
 def _remedy(path: str) -> str:

@@ -6,9 +6,6 @@ stopped, or finds that all is done; a build of another plan is told what differs
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import hashlib
 import json
 import re
@@ -21,15 +18,14 @@ from configs.errors import ConfigError, DataError
 from data_pipeline import tokenizer as tokenizers
 from data_pipeline.config import DataConfig
 from data_pipeline.corpora import Plan
-from data_pipeline.files import sha256_file, write_whole
-from data_pipeline.inspect_shards import load_manifest
+from data_pipeline.files import sha256_file
 from data_pipeline.manifest import HEADER, TABLE, Manifest
+from data_pipeline.output import Output, load_manifest, load_tokenizer
 from data_pipeline.places import RECORDS, public
 
-PLAN = "plan.json"
+PLAN = f"{RECORDS}/plan.json"
 FORMAT = 1
 
-_DRAFT = re.compile(r"\..+\.[0-9]+\.tmp")
 _SHARD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*-(train|heldout)-[0-9]{5,}-[0-9]{2,}\.tar")
 _RECORD = re.compile(r"(scan|encode)-[A-Za-z0-9_-]+\.(json|hashes)")
 
@@ -70,78 +66,63 @@ def _source(data: DataConfig, name: str, plan: Plan) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Make the folder, and keep other builds out of it. Raises ConfigError when one is at work there."""
-    try:
-        (out / RECORDS).mkdir(parents=True, exist_ok=True)
-        file = open(out / RECORDS / "lock", "ab")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise ConfigError(f"data.dir {out} cannot be written ({error.strerror}); choose another data.dir") from None
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another build is at work in {out}; wait for it, or choose another data.dir") from None
-        except OSError as error:
-            # some cluster file systems have no locks; records and renames keep the shards whole there too
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                raise
-        yield
-
-
 @dataclass(frozen=True)
 class Folder:
-    """A folder that this build may write into."""
+    """A folder that this build may write into, for as long as the plan in it is its own."""
 
-    path: Path
+    output: Output
 
     def claim(self, plan: dict[str, Any]) -> Manifest | None:
         """Make the folder this plan's; the manifest, if an earlier build of it was finished and nothing is missing.
 
         Raises ConfigError when the folder belongs to another plan.
         """
-        earlier = self._earlier()
-        if earlier is None:
-            for name in (tokenizers.HEADER, tokenizers.MODEL):
-                (self.path / name).unlink(missing_ok=True)  # of some other build, and nobody can say which
-            write_whole(self.path / RECORDS / PLAN, json.dumps(plan, indent=1).encode())
-        elif earlier != plan:
-            different = "; ".join(_differences(earlier, plan)) or "an earlier version of this program made them"
-            raise ConfigError(
-                f"{self.path} holds shards of another build ({different}); choose another data.dir, or build with"
-                " rebuild to replace them"
-            )
-        self.remove_drafts()
+        if self._earlier() is None:
+            # of some other build, and nobody can say which
+            self._remove(tokenizers.HEADER, tokenizers.MODEL)
+            self.output.create(PLAN, json.dumps(plan, indent=1).encode())
+        self.check(plan)
+        self.output.sweep()
         finished = self._finished()
         if finished is None:
             # while work is going on, nothing may say that it is done
-            (self.path / HEADER).unlink(missing_ok=True)
+            self._remove(HEADER)
         return finished
 
-    def clear(self) -> None:
-        """Remove what builds have written here, and nothing else."""
-        (self.path / HEADER).unlink(missing_ok=True)
-        for name in (TABLE, tokenizers.HEADER, tokenizers.MODEL, f"{RECORDS}/{PLAN}"):
-            (self.path / name).unlink(missing_ok=True)
-        _remove(self.path, _SHARD)
-        _remove(self.path / RECORDS, _RECORD)
+    def check(self, plan: dict[str, Any]) -> None:
+        """Raises ConfigError when the folder belongs to another plan, which somebody may have made it meanwhile."""
+        earlier = self._earlier()
+        if earlier != plan:
+            different = "; ".join(_differences(earlier or {}, plan)) or "an earlier version of this program made them"
+            raise ConfigError(
+                f"{self.output.where} holds shards of another build ({different}); choose another data.dir, or build"
+                " with rebuild to replace them"
+            )
 
-    def remove_drafts(self) -> None:
-        """Remove what killed builds have begun and not finished."""
-        for folder in (self.path, self.path / RECORDS):
-            _remove(folder, _DRAFT)
+    def clear(self) -> None:
+        """Remove what builds have written here, and nothing else; the plan last, so that it can be begun again."""
+        self._remove(HEADER)
+        once = (TABLE, tokenizers.HEADER, tokenizers.MODEL)
+        self.output.remove([name for name in self.output.sizes() if name in once or _SHARD.fullmatch(name)])
+        records = [f"{RECORDS}/{name}" for name in self.output.sizes(RECORDS) if _RECORD.fullmatch(name)]
+        self.output.remove(records)
+        self._remove(PLAN)
+
+    def _remove(self, *names: str) -> None:
+        """Those of a few small files that are there."""
+        self.output.remove([name for name in names if self.output.read(name) is not None])
 
     def _earlier(self) -> dict[str, Any] | None:
-        try:
-            earlier = json.loads((self.path / RECORDS / PLAN).read_bytes())
-        except FileNotFoundError:
-            if not (self.path / HEADER).exists():
+        content = self.output.read(PLAN)
+        if content is None:
+            if self.output.read(HEADER) is None:
                 return None
             raise ConfigError(
-                f"{self.path} holds shards, and no plan says what they were made from; choose another data.dir,"
+                f"{self.output.where} holds shards, and no plan says what they were made from; choose another data.dir,"
                 " or build with rebuild to replace them"
-            ) from None
+            )
+        try:
+            earlier = json.loads(content)
         except ValueError:
             earlier = {}
         return earlier if isinstance(earlier, dict) else {}
@@ -149,19 +130,13 @@ class Folder:
     def _finished(self) -> Manifest | None:
         """The manifest, if all it names is here in the right size; `data check` compares every byte."""
         try:
-            manifest = load_manifest(self.path)
-            tokenizer = tokenizers.load_folder(self.path)
-            sizes = [(self.path / name).stat().st_size for name in manifest.table["name"].to_pylist()]
-        except (DataError, FileNotFoundError):
+            manifest, tokenizer = load_manifest(self.output), load_tokenizer(self.output)
+        except DataError:
             return None
+        there = self.output.sizes()
+        sizes = [there.get(name) for name in manifest.table["name"].to_pylist()]
         whole = tokenizer.sha256 == manifest.tokenizer.sha256 and sizes == manifest.column("bytes").tolist()
         return manifest if whole else None
-
-
-def _remove(folder: Path, pattern: re.Pattern[str]) -> None:
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if pattern.fullmatch(path.name) and (path.is_file() or path.is_symlink()):
-            path.unlink(missing_ok=True)
 
 
 def _differences(earlier: dict[str, Any], now: dict[str, Any], above: str = "") -> Iterator[str]:

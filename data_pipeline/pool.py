@@ -6,15 +6,17 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from itertools import islice
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 from configs.errors import LeviathanError
 from data_pipeline.tasks import Outcome, Task, run
+
+T = TypeVar("T", bound=Task)
 
 
 class InProcess(Executor):
@@ -51,13 +53,13 @@ def executor_of(workers: int) -> Iterator[Executor]:
         theirs.close()
 
 
-def run_all(tasks: Iterable[Task], executor: Executor, in_flight: int) -> Iterator[tuple[Task, Outcome]]:
+def run_all(tasks: Iterable[T], executor: Executor, in_flight: int) -> Iterator[tuple[T, Outcome]]:
     """Each task and what came of it, as they finish. `tasks` is asked for the next one only when there is room for it.
 
     Raises LeviathanError when a worker process died.
     """
     waiting = iter(tasks)
-    running: dict[Future[Outcome], Task] = {}
+    running: dict[Future[Outcome], T] = {}
     try:
         while True:
             for task in islice(waiting, in_flight - len(running)):
@@ -75,9 +77,8 @@ def run_all(tasks: Iterable[Task], executor: Executor, in_flight: int) -> Iterat
             future.cancel()
 
 
-def _died(tasks: list[Task]) -> str:
-    slices = " or ".join(f"slice {task.slice.number} of source {task.slice.source!r}" for task in tasks)
-    doing = f" at {slices}" if slices else ""
+def _died(tasks: Sequence[Task]) -> str:
+    doing = f" at {' or '.join(task.what for task in tasks)}" if tasks else ""
     return (
         f"a worker process died{doing} (killed, or out of memory); build again, finished slices are kept;"
         " if it happens again, use fewer workers"

@@ -43,7 +43,9 @@ ROOM_S = 30.0
 GRACE_S = 2.0
 """How long a shard is safe after it was located: its reader is about to open it."""
 
-_FINAL = re.compile(r"cannot be read \((not found|PermissionError|status 4(?!08|25|29)\d\d)\)")
+_FINAL = re.compile(
+    r"cannot be (read|written) \((not found|permission denied|no credentials|status 4(?!08|25|29)\d\d)\)"
+)
 
 
 class _FinalError(DataError):

@@ -1,4 +1,4 @@
-"""The work of a build that can be done anywhere: scan, sample or encode one slice, depending on nothing else.
+"""The work of a build that can be done anywhere: scan, sample or encode one slice, depending on nothing else; train.
 
 A finished task leaves a record in the folder's `.build`, written when all it names is durable. Whoever is given the
 same task again (a restarted build, or a second machine) takes the record if the files it names are still whole.
@@ -11,106 +11,25 @@ import errno
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from configs.errors import ConfigError, DataError, LeviathanError
-from data_pipeline.corpora import read
-from data_pipeline.documents import Document, Slice, cut_text
-from data_pipeline.files import free_bytes, human_bytes, sha256_file, write_whole
+from data_pipeline import tokenizer as tokenizers
+from data_pipeline.documents import Slice, cut_text
+from data_pipeline.files import free_bytes, human_bytes
 from data_pipeline.manifest import ShardInfo, Split
+from data_pipeline.output import Output, load_tokenizer, save_tokenizer
 from data_pipeline.places import RECORDS
 from data_pipeline.shards import MAX_TEXT_BYTES, ShardWriter
-from data_pipeline.tokenizer import Tokenizer, load_folder
-
-HASH_BYTES = 16
+from data_pipeline.splits import HASH_BYTES, Counts, Piece, Rules, divide, usable
+from data_pipeline.tokenizer import Tokenizer
 
 _ERRORS: dict[str, type[LeviathanError]] = {kind.__name__: kind for kind in (LeviathanError, ConfigError, DataError)}
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What becomes of a document. Texts whose hash, as a number, is below `heldout_below` are held out.
-
-    tail: instead, every document is cut in two, and its last `heldout` of all characters is held out.
-    """
-
-    unicode_errors: Literal["replace", "skip", "fail"]
-    heldout: float
-    heldout_below: int
-    tail: bool = False
-
-
-def hash_number(digest: bytes) -> int:
-    """The number below 2^64 that decides whether a text is held out; equal texts always share their fate."""
-    return int.from_bytes(digest[:8], "little")
-
-
-@dataclass
-class Counts:
-    """What was met while reading. documents, text_bytes: of those that are used. read_bytes: of all text read."""
-
-    documents: int = 0
-    empty: int = 0
-    unicode_errors: int = 0
-    duplicates: int = 0
-    text_bytes: int = 0
-    read_bytes: int = 0
-
-
-class Usable(NamedTuple):
-    """A document that is neither empty nor refused; the hash of its text."""
-
-    document: Document
-    digest: bytes
-    text_bytes: int
-
-
-class Piece(NamedTuple):
-    """What is encoded as one document. `ends`: it ends where its document ends."""
-
-    split: Split
-    name: str
-    text: str
-    ends: bool
-
-
-def usable(part: Slice, rules: Rules, counts: Counts) -> Iterator[Usable]:
-    """The documents of a slice that may be used; the others are counted. Raises DataError where the rules say fail."""
-    for document in read(part):
-        raw = document.text.encode()
-        counts.read_bytes += len(raw)
-        if document.problem == "empty":
-            counts.empty += 1
-            continue
-        if document.problem == "unicode":
-            counts.unicode_errors += 1
-            if rules.unicode_errors == "fail":
-                raise DataError(
-                    f"document {document.name!r} of source {part.source!r} is not UTF-8; save it as UTF-8,"
-                    " or set data.unicode_errors to replace or skip"
-                )
-            if rules.unicode_errors == "skip":
-                continue
-        yield Usable(document, hashlib.blake2b(raw, digest_size=HASH_BYTES).digest(), len(raw))
-
-
-def divide(document: Document, digest: bytes, rules: Rules) -> list[Piece]:
-    """A document whole, in train or heldout; or, where documents are few, its head in train and its tail in heldout."""
-    name, text = document.name, document.text
-    if not rules.tail:
-        return [Piece("heldout" if hash_number(digest) < rules.heldout_below else "train", name, text, True)]
-    size = min(len(text) - 1, math.ceil(len(text) * rules.heldout))
-    if size < 1:
-        return [Piece("train", name, text, True)]
-    # the head does not end where its document ends, and a model should not learn that it does
-    head = Piece("train", f"{name}#head", text[:-size], False)
-    return [head, Piece("heldout", f"{name}#tail", text[-size:], True)]
 
 
 @dataclass(frozen=True)
@@ -128,7 +47,12 @@ class Scan:
 
     slice: Slice
     rules: Rules
-    folder: str
+    output: Output
+
+    @property
+    def what(self) -> str:
+        """What people know it by."""
+        return _what(self.slice)
 
     @property
     def name(self) -> str:
@@ -138,11 +62,12 @@ class Scan:
 
     def finished(self) -> Scanned | None:
         """The result an earlier build left, if it is whole."""
-        record = _record(self.folder, self.name)
+        record = _record(self.output, self.name)
         if record is None:
             return None
         found = Scanned(Counts(**record["counts"]), record["hashes"], record["sha256"])
-        return found if _has_sha256(Path(self.folder, RECORDS, found.hashes), found.sha256) else None
+        size = HASH_BYTES * found.counts.documents
+        return found if self.output.has(f"{RECORDS}/{found.hashes}", size, found.sha256) else None
 
     def work(self) -> Scanned:
         """Read the slice."""
@@ -152,10 +77,9 @@ class Scan:
             digests += document.digest
             counts.documents += 1
             counts.text_bytes += document.text_bytes
-        hashes = Path(self.folder, RECORDS, f"{self.name}.hashes")
-        write_whole(hashes, bytes(digests))
-        result = Scanned(counts, hashes.name, hashlib.sha256(digests).hexdigest())
-        _write_record(self.folder, self.name, asdict(result))
+        result = Scanned(counts, f"{self.name}.hashes", hashlib.sha256(digests).hexdigest())
+        self.output.write(f"{RECORDS}/{result.hashes}", bytes(digests))
+        _write_record(self.output, self.name, asdict(result))
         return result
 
 
@@ -166,10 +90,16 @@ class Sample:
     slice: Slice
     rules: Rules
     budget: int
+    output: Output
+
+    @property
+    def what(self) -> str:
+        """What people know it by."""
+        return _what(self.slice)
 
     @property
     def name(self) -> str:
-        """What it is called in errors."""
+        """Its place among other samples."""
         return f"sample-{self.slice.source}-{self.slice.number:05d}"
 
     def finished(self) -> None:
@@ -192,6 +122,26 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Train:
+    """Make a tokenizer of a kind (`sp:4096`) from texts, and save it."""
+
+    spec: str
+    texts: list[str]
+    output: Output
+
+    name = what = "the tokenizer"
+
+    def finished(self) -> None:
+        """Whoever builds looks for it before samples are taken."""
+
+    def work(self) -> Tokenizer:
+        """The same texts give the same tokenizer."""
+        made = tokenizers.make(self.spec, self.texts)
+        save_tokenizer(self.output, made)
+        return made
+
+
+@dataclass(frozen=True)
 class Encoded:
     """What a slice became: counts, and its shards in the order they were written."""
 
@@ -209,11 +159,16 @@ class Encode:
 
     slice: Slice
     rules: Rules
-    folder: str
+    output: Output
     tokenizer: str
     shard_bytes: int
     dropped: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     scanned: str | None = None
+
+    @property
+    def what(self) -> str:
+        """What people know it by."""
+        return _what(self.slice)
 
     @property
     def name(self) -> str:
@@ -228,18 +183,22 @@ class Encode:
 
     def finished(self) -> Encoded | None:
         """The result an earlier build left, if every shard is whole."""
-        record = _record(self.folder, self.name)
+        record = _record(self.output, self.name)
         if record is None or record["key"] != self.key:
             return None
         shards = tuple(ShardInfo(**shard) for shard in record["shards"])
-        whole = all(_has_sha256(Path(self.folder, shard.name), shard.sha256) for shard in shards)
+        whole = all(self.output.has(shard.name, shard.bytes, shard.sha256) for shard in shards)
         return Encoded(Counts(**record["counts"]), shards) if whole else None
 
     def work(self) -> Encoded:
         """Read the slice, write the shards. Raises DataError when the text is not what was scanned."""
-        tokenizer = _tokenizer(self.folder, self.tokenizer)
+        with self.output.drafts() as folder:
+            result = self._write(_Shards(self, folder))
+        _write_record(self.output, self.name, {"key": self.key, **asdict(result)})
+        return result
+
+    def _write(self, shards: _Shards) -> Encoded:
         counts, dropped, digests = Counts(), set(self.dropped.tolist()), hashlib.sha256()
-        shards = _Shards(Path(self.folder), self.slice, tokenizer, self.shard_bytes)
         try:
             for number, found in enumerate(usable(self.slice, self.rules, counts)):
                 digests.update(found.digest)
@@ -255,15 +214,13 @@ class Encode:
                     f"slice {self.slice.number} of source {self.slice.source!r} changed since it was scanned;"
                     " build again with rebuild, when its files are finished"
                 )
-            result = Encoded(counts, tuple(shards.close()))
+            return Encoded(counts, tuple(shards.close()))
         except BaseException:
             shards.abort()
             raise
-        _write_record(self.folder, self.name, {"key": self.key, **asdict(result)})
-        return result
 
 
-Task = Scan | Sample | Encode
+Task = Scan | Sample | Train | Encode
 
 
 class Outcome(NamedTuple):
@@ -286,9 +243,8 @@ class Outcome(NamedTuple):
 
 def run(task: Task) -> Outcome:
     """Do a task, or find it done. This is what an executor is given."""
-    folder = "" if isinstance(task, Sample) else task.folder
     try:
-        with disk_may_be_full(Path(folder), f"slice {task.slice.number} of source {task.slice.source!r}"):
+        with disk_may_be_full(task.output.disk, task.what):
             kept = task.finished()
             return Outcome(kept, kept=True) if kept is not None else Outcome(task.work())
     except LeviathanError as error:
@@ -313,8 +269,9 @@ def disk_may_be_full(folder: Path, what: str) -> Iterator[None]:
 class _Shards:
     """The shards of one slice: one row of parts for each split, begun when they have something to hold."""
 
-    def __init__(self, folder: Path, part: Slice, tokenizer: Tokenizer, shard_bytes: int) -> None:
-        self._folder, self._slice, self._tokenizer, self._limit = folder, part, tokenizer, shard_bytes
+    def __init__(self, task: Encode, folder: Path) -> None:
+        self._slice, self._limit, self._output, self._folder = task.slice, task.shard_bytes, task.output, folder
+        self._tokenizer = _tokenizer(task.output, task.tokenizer)
         self._open: dict[Split, ShardWriter] = {}
         self._done: dict[Split, list[ShardInfo]] = {"train": [], "heldout": []}
 
@@ -346,8 +303,10 @@ class _Shards:
 
     def _finish(self, split: Split) -> None:
         # forgotten only when it is closed, so that a writer which fails to close is aborted
-        self._done[split].append(self._open[split].close())
+        shard = self._open[split].close()
         del self._open[split]
+        self._output.keep(self._folder, shard)
+        self._done[split].append(shard)
 
     def _begin(self, split: Split) -> ShardWriter:
         part = self._slice
@@ -356,29 +315,27 @@ class _Shards:
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(folder: str, sha256: str) -> Tokenizer:
-    found = load_folder(Path(folder))
+def _tokenizer(output: Output, sha256: str) -> Tokenizer:
+    found = load_tokenizer(output)
     if found.sha256 != sha256:
-        raise DataError(f"the tokenizer in {folder} was replaced while shards were written; build again with rebuild")
+        raise DataError(
+            f"the tokenizer in {output.where} was replaced while shards were written; build again with rebuild"
+        )
     return found
 
 
-def _record(folder: str, name: str) -> dict[str, Any] | None:
+def _what(part: Slice) -> str:
+    return f"slice {part.number} of source {part.source!r}"
+
+
+def _record(output: Output, name: str) -> dict[str, Any] | None:
+    content = output.read(f"{RECORDS}/{name}.json")
     try:
-        record = json.loads(Path(folder, RECORDS, f"{name}.json").read_bytes())
-    except FileNotFoundError:
-        return None
+        record = None if content is None else json.loads(content)
     except ValueError:
         return None  # damaged, so it proves nothing
     return record if isinstance(record, dict) else None
 
 
-def _write_record(folder: str, name: str, content: dict[str, Any]) -> None:
-    write_whole(Path(folder, RECORDS, f"{name}.json"), json.dumps(content).encode())
-
-
-def _has_sha256(path: Path, sha256: str) -> bool:
-    try:
-        return sha256_file(path) == sha256
-    except FileNotFoundError:
-        return False
+def _write_record(output: Output, name: str, content: dict[str, Any]) -> None:
+    output.write(f"{RECORDS}/{name}.json", json.dumps(content).encode())

@@ -87,10 +87,15 @@ class Tokenizer(ABC):
     def _table(self) -> list[bytes]:
         return self._pieces()
 
-    def save(self, folder: Path) -> None:
-        """Write `tokenizer.json` into `folder`; `load_folder` reads it."""
+    def files(self) -> dict[str, bytes]:
+        """What `load` reads, by the names it has in a folder of shards, in the order in which it is written."""
         header = {"spec": self.spec, "sha256": self.sha256, "vocab": self.vocab}
-        write_whole(folder / HEADER, (json.dumps(header, indent=1) + "\n").encode())
+        return {HEADER: (json.dumps(header, indent=1) + "\n").encode()}
+
+    def save(self, folder: Path) -> None:
+        """Write its files into a folder of this machine; `load_folder` reads them."""
+        for name, content in self.files().items():
+            write_whole(folder / name, content)
 
 
 class ByteTokenizer(Tokenizer):
@@ -155,10 +160,9 @@ class PieceTokenizer(Tokenizer):
         content = super().decode_bytes(ids)
         return content.removeprefix(b" ") if self._adds_space else content
 
-    def save(self, folder: Path) -> None:
-        """Write `tokenizer.model`, then `tokenizer.json`, into `folder`."""
-        write_whole(folder / MODEL, self.model)
-        super().save(folder)
+    def files(self) -> dict[str, bytes]:
+        """`tokenizer.model`, then `tokenizer.json`, which says that both are there."""
+        return {MODEL: self.model, **super().files()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PieceTokenizer, (self.spec, self.model, self.spec)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console as Terminal
 
-from configs.errors import ConfigError, DataError, UsageError
+from configs.errors import DataError, UsageError
 from data_pipeline.build import Progress, build
 from data_pipeline.files import human_bytes
 from data_pipeline.inspect_shards import check, load_manifest, show
@@ -34,11 +34,11 @@ def build_shards(
     on_ray: address of the cluster that works, instead of processes here; its nodes see all paths as this machine does.
     """
     config, _ = resolve(files, words)
-    if is_url(config.data.dir):
-        raise ConfigError(
-            f"data.dir is {public(config.data.dir)}; build into a folder here, then copy it to where it belongs"
-        )
-    out = Path(config.data.dir).expanduser()
+    out: Path | str = config.data.dir
+    if not is_url(config.data.dir):
+        # the nodes of a cluster need not be where this process is
+        out = Path(config.data.dir).expanduser() if on_ray is None else Path(config.data.dir).expanduser().resolve()
+    shown = public(str(out))
     terminal = make_terminal()
     phases = _Phases(terminal)
     try:
@@ -46,11 +46,8 @@ def build_shards(
             # one task at work on each core and one that waits: nothing idles, and nothing piles up
             many = workers or (cores() if cluster is None else 2 * cluster.cores)
             who = f"{many} workers" if cluster is None else f"{cluster.cores} cores of {cluster.nodes} nodes (Ray)"
-            terminal.print(f"building {out} from {', '.join(config.data.sources) or 'no sources'} with {who}")
-            manifest = build(
-                config.data, out.resolve() if cluster is not None else out, workers=many, executor=cluster,
-                progress=phases.tell, rebuild=rebuild,
-            )  # fmt: skip
+            terminal.print(f"building {shown} from {', '.join(config.data.sources) or 'no sources'} with {who}")
+            manifest = build(config.data, out, workers=many, executor=cluster, progress=phases.tell, rebuild=rebuild)
     except KeyboardInterrupt:
         phases.close(finished=False)
         terminal.print("interrupted; what is finished is kept, and the same command goes on from there")
@@ -66,9 +63,8 @@ def build_shards(
     tokenizer = manifest.tokenizer
     terminal.print(f"\ntokenizer {tokenizer.spec}, {tokenizer.vocab:,} ids; fingerprint {manifest.fingerprint[:12]}…")
     again = " ".join([*files, *words])
-    terminal.print(
-        f"Next: leviathan data show {out} | leviathan check {again} | leviathan train {again}", soft_wrap=True
-    )
+    look = f"leviathan data show {out} | " if isinstance(out, Path) else ""
+    terminal.print(f"Next: {look}leviathan check {again} | leviathan train {again}", soft_wrap=True)
 
 
 def check_shards(place: str, length: int | None) -> None:

@@ -21,11 +21,13 @@ import webdataset
 
 from configs.errors import ConfigError, DataError, LeviathanError, UsageError
 from data_pipeline import build as builder
-from data_pipeline import corpora, plan, tasks
-from data_pipeline.build import Progress, build, repeated
+from data_pipeline import corpora, tasks
+from data_pipeline.build import Progress, build
 from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.duplicates import repeated
 from data_pipeline.inspect_shards import check, load_manifest, show
 from data_pipeline.manifest import Manifest, Split
+from data_pipeline.output import output_of
 from data_pipeline.shards import Shard
 from data_pipeline.tokenizer import load_folder
 
@@ -487,7 +489,7 @@ def test_shards_from_elsewhere_are_not_overwritten(tmp_path: Path, data: DataCon
 
 
 def test_two_builds_do_not_share_a_folder(tmp_path: Path, data: DataConfig) -> None:
-    with plan.locked(tmp_path / "out"), pytest.raises(ConfigError, match="another build is at work in"):
+    with output_of(tmp_path / "out").alone(), pytest.raises(ConfigError, match="another build is at work in"):
         build(data, tmp_path / "out", workers=1)
     build(data, tmp_path / "out", workers=1)
 
@@ -550,7 +552,7 @@ def test_secrets_of_urls_are_not_written_down(tmp_path: Path, config: Config, mo
         def open(self, url: str, mode: str, **options: Any) -> Any:
             return file.open(mode)
 
-    monkeypatch.setattr("data_pipeline.places._filesystem", lambda url: Web())
+    monkeypatch.setattr("data_pipeline.places.filesystem", lambda url: Web())
     out = tmp_path / "out"
     manifest = build(config({"s": "https://me:SECRET@host/a.jsonl?sig=SECRET"}), out, workers=1)
     assert manifest.sources["s"]["path"] == "https://host/a.jsonl"

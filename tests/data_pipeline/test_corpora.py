@@ -567,7 +567,7 @@ def test_a_missing_package_is_named_with_its_extra(
 ) -> None:
     import fsspec
 
-    def missing(name: str) -> None:
+    def missing(name: str, **options: object) -> None:
         raise ImportError(f"Install {package}")
 
     monkeypatch.setattr(fsspec, "filesystem", missing)
@@ -647,7 +647,7 @@ def test_a_bucket_is_listed_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
         def open(self, url: str, mode: str, **options: Any) -> Any:
             return memory.open(url[4:], mode)
 
-    monkeypatch.setattr(places, "_filesystem", lambda url: Bucket())
+    monkeypatch.setattr(places, "filesystem", lambda url: Bucket())
     plan = corpora.plan("s", SourceConfig(path="s3://bucket/data/"), MIB)
     assert [d.name for part in plan.slices for d in corpora.read(part)] == ["a.txt", "b.txt", "c/d.txt"]
     assert plan.skipped_files == 1
