@@ -135,6 +135,15 @@ def test_a_script_can_be_read(tmp_path):
     assert_harmless(text, tmp_path)
 
 
+def test_an_env_file_may_read_what_is_not_set_and_must_succeed(tmp_path):
+    env_file = tmp_path / "cluster.env"
+    for lines, code in (('export ADDED="$SURELY_UNSET"x', 0), ("false", 1)):
+        env_file.write_text(f"{lines}\n")
+        text = script(tmp_path, env_file=str(env_file), python="/bin/echo")
+        done = subprocess.run(["bash"], input=text, text=True, capture_output=True, timeout=20, check=False)
+        assert (done.returncode, "launcher.on_slurm" in done.stdout) == (code, code == 0), done.stderr
+
+
 def test_an_env_file_that_is_not_there_is_told(tmp_path):
     with pytest.raises(ConfigError, match=r"launch\.slurm\.env_file: there is no file"):
         script(tmp_path, env_file=str(tmp_path / "none"))
