@@ -247,6 +247,37 @@ def submit_slurm(
     submit_run(files, values, asked, dry_run=dry_run)
 
 
+@submit.command("ray")
+def submit_ray(
+    words: Words,
+    address: Annotated[
+        str | None, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Of its dashboard: http://10.0.0.1:8265.")
+    ] = None,
+    ranks: Ranks = None,
+    branch: Annotated[
+        list[str] | None,
+        typer.Option("--from", help="RUN or RUN@STEP to begin a new run from; of an ensemble MODULE=RUN for each."),
+    ] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="A key that may differ from the run's beginning.")] = None,
+    without: Annotated[list[str] | None, typer.Option(metavar="MODULE", help="Of an ensemble: leave it out.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay and show the run until it ends.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the job's script; submit and write nothing.")
+    ] = False,
+    kuberay: Annotated[bool, typer.Option("--kuberay", help="Print a RayJob for Kubernetes; submit nothing.")] = False,
+) -> None:
+    """Train in a job of a Ray cluster, which mends what nodes and workers it loses; again: attach to that job."""
+    from launcher.submit_ray import submit_ray as submit_run
+
+    if sum((follow, dry_run, kuberay)) > 1:
+        raise UsageError("--follow, --dry-run and --kuberay exclude each other; give one of them")
+    files, values = _split(words)
+    values += [] if ranks is None else [f"launch.ranks={ranks}"]
+    mode = "follow" if follow else "print" if dry_run else "kuberay" if kuberay else "submit"
+    lists = (branch or [], allow or [], without or [])
+    raise typer.Exit(submit_run(files, values, address, *lists, mode=mode))
+
+
 @app.command(rich_help_panel=TRAIN)
 def status(
     run: Annotated[str | None, typer.Argument(metavar="RUN", help="One run in detail; left out: all runs.")] = None,

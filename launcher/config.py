@@ -87,6 +87,9 @@ class RayConfig(Config):
     resize_s: float = key(60.0, "free", "how often a run that lost ranks looks for room to grow again", gt=0)
     env_file: str | None = key(None, "free", "a file of shell commands that every process begins with")
     python: str | None = key(None, "free", "Python on the nodes; empty: the one that submits")
+    image: str | None = key(None, "free", "container image of the nodes, for KubeRay")
+    memory: str = key("16Gi", "free", "memory of each worker's pod, for KubeRay")
+    claim: str | None = key(None, "free", "NAME:/PATH of the PersistentVolumeClaim with runs and data, for KubeRay")
 
 
 class LaunchConfig(Config):

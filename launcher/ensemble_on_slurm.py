@@ -16,9 +16,10 @@ from rich.console import Console as Terminal
 from launcher import slurm
 from launcher.branch import Origin
 from launcher.ensemble import Plan, folder_of, from_modules, from_seed, is_done, plan_ensemble
+from launcher.jobs import queued
 from launcher.prepare import has_begun, make_ready
 from launcher.snapshot import code_name
-from launcher.submit import queue, queued, render
+from launcher.submit import queue, render
 from pretrain.config import RunConfig
 from pretrain.run_folder import RunFolder
 

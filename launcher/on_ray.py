@@ -25,6 +25,7 @@ from launcher.runs import attempts_before
 from launcher.snapshot import ROOT, check_code
 from launcher.watch import EXPLAINED
 from pretrain.lease import Lease
+from pretrain.run import die_with_parent
 from pretrain.run_folder import RunFolder
 
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -54,6 +55,7 @@ class GivenUpError(Exception):
 
 def main(arguments: list[str]) -> int:
     """Drive the run of a folder to its end; return the exit code of the job."""
+    die_with_parent()
     os.umask(0o077)  # a run is its owner's alone
     folder = RunFolder(Path(arguments[0]))
     os.environ.update(ENVIRONMENT)
@@ -110,7 +112,7 @@ class _Driver:
 
         train: Any = ray.train  # its types are those of another version
         asks, ranks = self._launch.ray, self._launch.ranks
-        number = os.environ.get("RAY_JOB_SUBMISSION_ID", job)
+        number = self._folder.facts().get("job", {}).get("ray", job)
         told = Job(str(self._folder.path.resolve()), number, self._fence, attempts_before(self._folder))
         trainer = DataParallelTrainer(
             train_rank,
@@ -209,20 +211,17 @@ def _cause(errors: dict[int, Exception]) -> tuple[int, str, int, dict[str, Any]]
     for fits in first:
         for rank, ended in told.items():
             if fits(ended):
-                return rank, ended.cause, ended.code, {"host": ended.host, "step": ended.step}
+                return rank, ended.message, ended.code, {"host": ended.host, "step": ended.step}
     if lost:
         rank = next(iter(lost))
         return rank, lost[rank], -signal.SIGKILL, {}
     rank = next(iter(told))
-    return rank, told[rank].cause, told[rank].code, {"host": told[rank].host, "step": told[rank].step}
+    return rank, told[rank].message, told[rank].code, {"host": told[rank].host, "step": told[rank].step}
 
 
 def _inner(error: Exception) -> BaseException:
-    """What a worker raised, out of what Ray wraps it in."""
-    found: BaseException = error
-    for name in ("_base_exc", "cause"):
-        found = getattr(found, name, None) or found
-    return found
+    """What a worker raised, out of what Ray Train wraps it in."""
+    return getattr(error, "_base_exc", None) or error
 
 
 def _words_of(error: BaseException) -> str:

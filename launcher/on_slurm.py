@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from configs.errors import CANNOT_GO_ON, PREEMPTED, ConfigError, LeviathanError
@@ -38,6 +39,7 @@ _EXITED = re.compile(r"Exited with exit code (\d+)")
 _SIGNALS = {signal.strsignal(number): int(number) for number in signal.Signals}
 _END_S, _QUEUE_S, _LAST_WORDS_S = 20.0, 60.0, 5.0
 PREFLIGHT_S = 240.0
+_CALLS = 32
 _SILENT_S = 4.0
 """Beacons come every second."""
 
@@ -47,12 +49,13 @@ class SlurmTeam(Team):
 
     def __init__(self, folder: RunFolder, launch: LaunchConfig, job: str) -> None:
         super().__init__(folder, launch)
-        self._job, self._hosts = job, slurm.hosts(os.environ["SLURM_JOB_NODELIST"])
+        self._job, self._nodes = job, slurm.nodes(os.environ["SLURM_JOB_NODELIST"])
+        self._hosts = [node.name for node in self._nodes]
         if len(self._hosts) != launch.nodes:
             raise ConfigError(
                 f"job {job} has {len(self._hosts)} nodes and the run wants {launch.nodes}; submit it again"
             )
-        self._address = slurm.address(self._hosts[0])
+        self._address = self._nodes[0].address
         self._beacons = Beacons(own_address_towards(self._address), self.world)
         self._srun: subprocess.Popen[str] | None = None
         self._listener: threading.Thread | None = None
@@ -60,9 +63,19 @@ class SlurmTeam(Team):
 
     @property
     def place(self) -> str:
-        again = os.environ.get("SLURM_RESTART_COUNT", "0")
-        restarts = f", start {int(again) + 1}" if again != "0" else ""
+        start = self.start_of_job[1]
+        restarts = f", start {start}" if start > 1 else ""
         return f"{', '.join(self._hosts)} (Slurm job {self._job}{restarts})"
+
+    @property
+    def start_of_job(self) -> tuple[str, int]:
+        return f"slurm {self._job}", 1 + int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+    def missing(self) -> str | None:
+        # `srun` waits for a dead node as long as Slurm takes it for alive, which is minutes, or fails at once
+        with ThreadPoolExecutor(_CALLS) as pool:
+            gone = [node.name for node, there in zip(self._nodes, pool.map(slurm.answers, self._nodes)) if not there]
+        return f"node {', '.join(gone)} does not answer" if gone else None
 
     def measure(self) -> tuple[list[preflight.Report], list[preflight.Finding]]:
         """What every node finds of itself and of its way to the others, and what is wrong with which."""

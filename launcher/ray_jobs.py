@@ -19,6 +19,8 @@ from typing import Any
 from configs.errors import ConfigError, LeviathanError
 from data_pipeline.on_ray import OLDEST
 
+SCRIPT = "job.sh"
+"""In the run folder: sets the environment up and becomes the module that it is told."""
 OVER = ("STOPPED", "SUCCEEDED", "FAILED")
 """States of a job that nothing follows."""
 _PATIENCE_S = 30.0

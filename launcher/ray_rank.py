@@ -31,6 +31,7 @@ from launcher.beacons import Beacons
 from launcher.config import LaunchConfig
 from launcher.network import free_port, interface_towards
 from launcher.prepare import most_ranks
+from launcher.ray_jobs import SCRIPT
 from launcher.runs import attempts_before
 from launcher.snapshot import ROOT, check_code
 from launcher.team import common_environment, forget_exits, threads_of
@@ -40,8 +41,6 @@ from pretrain.health import read_heartbeat
 from pretrain.run_folder import RunFolder
 
 ENDED_WELL = (DONE, PREEMPTED, INTERRUPTED)
-SCRIPT = "job.sh"
-"""In the run folder: sets the environment up and becomes the module that it is told."""
 PREFLIGHT_S = 240.0
 _POLL_S, _LOOK_S = 1.0, 0.1
 _SETTLE_S, _STACKS_S, _END_S = 3.0, 0.5, 10.0
@@ -50,14 +49,14 @@ _SILENT_S = 4.0
 
 
 class RankEndedError(Exception):
-    """A rank ended badly. code: of the process, -n for signal n, or what stands for it; cause: one sentence."""
+    """A rank ended badly. code: of the process, -n for signal n, or what stands for it; message: one sentence."""
 
-    def __init__(self, rank: int, host: str, code: int, cause: str, step: int) -> None:
-        super().__init__(rank, host, code, cause, step)
-        self.rank, self.host, self.code, self.cause, self.step = rank, host, code, cause, step
+    def __init__(self, rank: int, host: str, code: int, message: str, step: int) -> None:
+        super().__init__(rank, host, code, message, step)
+        self.rank, self.host, self.code, self.message, self.step = rank, host, code, message, step
 
     def __str__(self) -> str:
-        return self.cause
+        return self.message
 
 
 @dataclass(frozen=True)
@@ -289,10 +288,10 @@ class _Worker:
 
 
 def _hosts_of_workers() -> list[str]:
-    """The hosts that Ray has placed the workers on."""
+    """The hosts that Ray has placed the workers on, told apart by address, as Ray Train does."""
     group = ray.util.get_current_placement_group()
     used = set(ray.util.placement_group_table(group)["bundles_to_node_id"].values()) if group is not None else set()
-    named = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
-    if not used:
+    named = {node["NodeManagerAddress"]: node["NodeManagerHostname"] for node in ray.nodes() if node["NodeID"] in used}
+    if not named:
         raise ConfigError("Ray Train has placed its workers nowhere that it tells; is this Ray newer than was tested?")
-    return sorted(named[node] for node in used)
+    return sorted(named.values())

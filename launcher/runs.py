@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.errors import INTERRUPTED, PREEMPTED, ConfigError
-from launcher import slurm
-from launcher.slurm import Job
+from launcher.jobs import Job, job_of
 from pretrain.lease import RENEW_S, STALE_S, Lease
 from pretrain.run_folder import Record, RunFolder
 
@@ -89,17 +88,15 @@ def read_state(folder: RunFolder, owner: Owner | None) -> State:
     row = rows[-1] if rows else None
     ending = next((event for event in reversed(now) if event["event"] in ("done", "stop")), None)
     active = max([facts.get("created", 0.0), *(record["time"] for record in (*history[-1:], *rows[-1:]))])
-    job = queued_job(history) if owner is None else None
+    job = queued_job(folder, history) if owner is None else None
     what = _what(owner, last_launch is not None, ending, job)
     return State(folder, what, owner, history, ending, row, _rate(rows), facts.get("steps"), active, job)
 
 
-def queued_job(history: Sequence[Record]) -> Job | None:
+def queued_job(folder: RunFolder, history: Sequence[Record]) -> Job | None:
     """The job that a run was last submitted as, or queued again, where it has not begun yet; as the queue has it."""
     last = next((event for event in reversed(history) if event["event"] in ("submit", "requeue", "launch")), None)
-    if last is None or last["event"] == "launch" or not slurm.present():
-        return None
-    return slurm.job(last["job"])
+    return None if last is None or last["event"] == "launch" else job_of(folder)
 
 
 def _what(owner: Owner | None, launched: bool, ending: Record | None, job: Job | None) -> What:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from configs.errors import ConfigError, LeviathanError
 
 _PATIENCE_S = 60.0
 """A controller that does not answer for so long is down."""
+_CALL_S = 3.0
+_SLURMD_PORT = 6818
 
 
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
@@ -41,6 +44,15 @@ class Job:
     def __str__(self) -> str:
         reason = f", {self.reason}" if self.reason not in ("", "None") else ""
         return f"Slurm job {self.number}: {self.state}{reason}"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node as the controller knows it: its name need not resolve anywhere. port: of its own daemon."""
+
+    name: str
+    address: str
+    port: int
 
 
 def present() -> bool:
@@ -101,11 +113,31 @@ def hosts(nodes: str) -> list[str]:
     return done.stdout.split()
 
 
-def address(node: str) -> str:
-    """The address of a node as the controller knows it: a node's name need not resolve anywhere."""
-    done = _check(_call(["scontrol", "show", "node", node, "-o"]), f"look up {node}")
-    found = re.search(r"NodeAddr=(\S+)", done.stdout)
-    return found.group(1) if found else node
+def nodes(named: str) -> list[Node]:
+    """The nodes in a list such as `n[1-3,7]`, in that order."""
+    names = hosts(named)
+    done = _check(_call(["scontrol", "show", "node", named, "-o"]), f"look up {named}")
+    found = (dict(re.findall(r"(\w+)=(\S*)", line)) for line in done.stdout.splitlines() if line.strip())
+    facts = {node["NodeName"]: node for node in found}
+    known = [facts.get(name, {}) for name in names]
+    # a node tells its port where it is not that of all
+    usual = 0 if all("Port" in node for node in known) else _usual_port()
+    return [Node(name, node.get("NodeAddr", name), int(node.get("Port", usual))) for name, node in zip(names, known)]
+
+
+def answers(node: Node) -> bool:
+    """Whether a node's own daemon, which starts what `srun` asks for, takes a call."""
+    try:
+        socket.create_connection((node.address, node.port), timeout=_CALL_S).close()
+    except OSError:
+        return False
+    return True
+
+
+def _usual_port() -> int:
+    done = _check(_call(["scontrol", "show", "config"]), "tell its configuration")
+    found = re.search(r"SlurmdPort\s*=\s*(\d+)", done.stdout)
+    return int(found.group(1)) if found else _SLURMD_PORT
 
 
 def _call(words: list[str]) -> subprocess.CompletedProcess[str]:

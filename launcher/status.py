@@ -13,8 +13,8 @@ from rich.text import Text
 
 from configs.errors import INTERRUPTED, LeviathanError, UsageError
 from data_pipeline.files import human_bytes
-from launcher import slurm
 from launcher.branch import shown
+from launcher.jobs import take_away
 from launcher.runs import Owner, State, owners, read_state, state_of, tail
 from launcher.screen import PLAIN_EVERY_S, harmless, make_facts, make_table, make_terminal, one_line, told
 from pretrain.plots import short_number
@@ -104,7 +104,7 @@ def stop(run: str, timeout_s: float) -> None:
     state = state_of(run)
     name, folder = state.folder.name, state.folder
     if state.what == "waiting" and state.job is not None:
-        slurm.cancel(state.job.number)
+        take_away(folder)
         folder.event(
             "stop", f"stopped: {name} was taken from the queue ({state.job})", code=INTERRUPTED, step=state.saved
         )

@@ -18,6 +18,7 @@ from configs.errors import ConfigError, UsageError
 from data_pipeline.files import write_whole
 from launcher import slurm
 from launcher.config import LaunchConfig, SlurmConfig, one_word
+from launcher.jobs import check_not_queued
 from launcher.prepare import Prepared, prepare, resolve, run_folder
 from launcher.snapshot import ROOT, code_name, keep_code
 from pretrain.run_folder import RunFolder
@@ -83,23 +84,6 @@ def queue(run: Prepared, after: Sequence[str] = ()) -> str:
     run.folder.set_facts(job={"slurm": number, "submitted": time.time()}, verb="submit slurm")
     run.folder.event("submit", f"submitted as Slurm job {number}", job=number)
     return number
-
-
-def check_not_queued(folder: RunFolder) -> None:
-    """Raises ConfigError where a run's job still waits or runs."""
-    job = queued(folder)
-    if job is not None:
-        raise ConfigError(
-            f"run {folder.name} is Slurm job {job.number} already ({job.state}); follow it with `leviathan status"
-            f" {folder.name}`, or end it with `leviathan stop {folder.name}`"
-        )
-
-
-def queued(folder: RunFolder) -> slurm.Job | None:
-    """The job of a run that waits or runs; None where there is none."""
-    number = folder.facts().get("job", {}).get("slurm") if folder.path.is_dir() else None
-    job = slurm.job(number) if number is not None and slurm.present() else None
-    return None if job is None or job.over else job
 
 
 def render(folder: RunFolder, launch: LaunchConfig, code: Path) -> str:

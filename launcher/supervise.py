@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from configs.errors import DONE, INTERRUPTED, PREEMPTED, LeviathanError
+from configs.errors import DONE, INTERRUPTED, PREEMPTED, CannotGoOnError, LeviathanError
 from configs.load import load
 from launcher.config import LaunchConfig
 from launcher.on_local import LocalTeam
@@ -34,6 +34,7 @@ REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _POLL_S = 0.05
 _SETTLE_S = 0.5
 _REPEAT_S = 5.0
+_ASSEMBLE_S = 1.0
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Run to the end; return the exit code. Raises ConfigError while another process has the run folder."""
-        lease = Lease(self._folder.path)
+        lease = Lease(self._folder.path, self._team.start_of_job)
         fence = lease.take()
         self.listen()
         try:
@@ -91,7 +92,7 @@ class Supervisor:
                 self._folder.event("stop", f"stopped: {decision.reason}", code=code, step=self._newest_step())
                 return code
             self._tell_restart(len(history), end)
-            if not self._pause(decision.wait_s):
+            if not self._pause(decision.wait_s) or not self._assemble():
                 return self._asked_code()
             number += 1
 
@@ -190,6 +191,21 @@ class Supervisor:
         while time.monotonic() < end and self.asked is None:
             self._poll_console()
             time.sleep(_POLL_S)
+        return self.asked is None
+
+    def _assemble(self) -> bool:
+        """Wait until all that ranks need is there; False when asked to stop meanwhile. Raises CannotGoOnError."""
+        end, told = time.monotonic() + self._launch.start_s, False
+        while self.asked is None and (missing := self._team.missing()) is not None:
+            if time.monotonic() > end:
+                raise CannotGoOnError(
+                    f"{missing}, and has not for {self._launch.start_s:.0f} s; mend it, or start the run elsewhere"
+                )
+            if not told:
+                self._folder.event("warning", f"{missing}; the run waits until it does, or is started elsewhere")
+                told = True
+            self._poll_console()
+            time.sleep(_ASSEMBLE_S)
         return self.asked is None
 
     def _tell_restart(self, number: int, end: _End) -> None:

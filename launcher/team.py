@@ -22,6 +22,15 @@ class Team(ABC):
     def place(self) -> str:
         """Where the ranks are, for people."""
 
+    @property
+    def start_of_job(self) -> tuple[str, int] | None:
+        """The job that a cluster started, and which of its starts this is; None where nobody starts it again."""
+        return None
+
+    def missing(self) -> str | None:
+        """What has to be there before ranks can start again, and is not, in a sentence; None where all is there."""
+        return None
+
     @abstractmethod
     def start(self, attempt: int, fence: int) -> None:
         """Start every rank; what an earlier attempt left behind says nothing of them."""

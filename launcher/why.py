@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from configs.errors import CANNOT_GO_ON, DATA_INVALID, INTERRUPTED, PREEMPTED, USAGE, WRONG_CONFIG
+from launcher.jobs import log_of
 from launcher.runs import State, exit_notes, state_of, tail_text
 from launcher.screen import harmless, make_terminal
 from launcher.status import event_line, place
@@ -39,8 +40,10 @@ def why(state: State) -> str:
     if state.what == "waiting":
         return f"{name} waits in the queue ({state.job}); nothing to do but wait, or `leviathan stop {name}`"
     if state.what == "never began" and state.job is not None:
-        log = state.folder.path / f"slurm-{state.job.number}.log"
-        return f"{name} never began: its job ended before it could ({state.job}); see {log}, then submit it again"
+        return (
+            f"{name} never began: its job ended before it could ({state.job}); see {log_of(state.folder)}, then submit"
+            " it again"
+        )
     if state.what == "never began":
         return f"{name} never began: its folder was prepared {_ago(state)}, and nothing started; run `leviathan train`"
     if state.ending is None:

@@ -1,0 +1,167 @@
+"""`leviathan submit ray`: a run folder made ready, the code kept in it, and a job of a Ray cluster that drives it.
+
+A job's number is the run's, so that submitting twice, even at the same moment, gives one job.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich.console import Console as Terminal
+
+from configs.errors import ConfigError, LeviathanError, UsageError
+from data_pipeline.files import write_whole
+from launcher import kuberay
+from launcher.config import RayConfig
+from launcher.console import Console
+from launcher.jobs import check_not_queued, queued
+from launcher.kuberay import Worker
+from launcher.prepare import Prepared, most_ranks, prepare, resolve, run_folder
+from launcher.ray_jobs import SCRIPT, RayJob, RayJobs
+from launcher.snapshot import code_name, keep_code
+from launcher.train import tell_end
+from pretrain.config import total_steps
+from pretrain.run_folder import RunFolder
+
+TEMPLATES = Path(__file__).parent / "templates"
+FORWARDED = ("LEVIATHAN_FAULT", "WANDB_MODE", "WANDB_BASE_URL")
+"""Variables of who submits that a job gets. None of them is a secret: what is belongs into launch.ray.env_file."""
+_POLL_S, _ASK_S = 0.25, 2.0
+
+
+def submit_ray(
+    files: Sequence[str], words: Sequence[str], address: str | None, branch: Sequence[str], allow: Sequence[str],
+    without: Sequence[str], *, mode: str,
+) -> int:  # fmt: skip
+    """Submit a run, or attach to its job where there is one; return the exit code.
+
+    mode: `submit`; `follow` also stays until its end; `print` prints the script, and writes and submits nothing;
+    `kuberay` makes the run folder ready and prints the manifest of a RayJob.
+    """
+    os.umask(0o077)  # a run is its owner's alone
+    config, launch = resolve(files, words)
+    most_ranks(config, launch.ray.min_ranks or launch.ranks)
+    folder = run_folder(config, files)
+    if mode == "print":
+        sys.stdout.write(script_of(folder, launch.ray, folder.path / code_name()))
+        return 0
+    if mode == "kuberay":
+        run = prepare(files, words, ranks=None, branch=branch, allow=allow)
+        write_script(run)
+        sys.stdout.write(_manifest(run))
+        return 0
+    if address is None:
+        raise UsageError("submit ray needs the dashboard of a cluster; give --address, such as http://10.0.0.1:8265")
+    jobs, terminal = RayJobs(address), Terminal(highlight=False)
+    jobs.check()
+    if len(config.model.ensemble.modules) > 1 and not branch:
+        from launcher.ensemble_on_ray import submit_ensemble
+
+        return submit_ensemble(files, words, without, jobs)
+    if without:
+        raise UsageError("--without leaves modules out of an ensemble, and this run joins none; leave it out")
+    job = queued(folder)
+    if isinstance(job, RayJob):
+        terminal.print(f"run [bold]{folder.name}[/bold] is {job} already; following it, Ctrl-C leaves it alone")
+        return follow(folder, total_steps(config), jobs, job.number, terminal)
+    check_not_queued(folder)
+    run = prepare(files, words, ranks=None, branch=branch, allow=allow)
+    write_script(run)
+    number, new = queue(run.folder, jobs, "launcher.on_ray", [run.folder])
+    what = "is" if new else "was submitted by somebody else a moment ago as"
+    terminal.print(f"run [bold]{folder.name}[/bold] {what} Ray job [bold]{number}[/bold], in {folder.path}")
+    terminal.print(f"follow it with leviathan status {folder.name} | leviathan logs {folder.name} -f", soft_wrap=True)
+    if mode == "follow" or not new:
+        return follow(folder, total_steps(config), jobs, number, terminal)
+    return 0
+
+
+def queue(folder: RunFolder, jobs: RayJobs, module: str, runs: Sequence[RunFolder]) -> tuple[str, bool]:
+    """Submit the job that drives a run folder; return its number and whether it is new. runs: all that it drives."""
+    before = sum(event["event"] == "submit" for event in folder.history())
+    number = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{folder.name}-{folder.facts()['run_id'][:8]}-{before + 1}")
+    path = folder.path.resolve()
+    line = f"exec {shlex.join(['bash', str(path / SCRIPT), module, str(path)])}"
+    new = jobs.submit(number, line)
+    for run in runs:
+        facts = {"ray": number, "address": jobs.address, "submitted": time.time(), "shared": len(runs) > 1}
+        run.set_facts(job=facts, verb="submit ray")
+        if new:
+            run.event("submit", f"submitted as Ray job {number}", job=number)
+    return number, new
+
+
+def follow(folder: RunFolder, steps: int, jobs: RayJobs, number: str, terminal: Terminal) -> int:
+    """Show a run until its job is over; return the run's exit code. Ctrl-C leaves the job alone."""
+    console, asked = Console(folder, steps), 0.0
+    try:
+        while True:
+            console.poll()
+            if time.monotonic() - asked > _ASK_S:
+                asked = time.monotonic()
+                job = jobs.job(number)
+                if job is None or job.over:
+                    break
+            time.sleep(_POLL_S)
+        console.poll()
+    finally:
+        console.close()
+    code = code_of(folder, job)
+    tell_end(terminal, folder, code)
+    return code
+
+
+def code_of(folder: RunFolder, job: RayJob | None) -> int:
+    """How a run ended whose job is over. Raises LeviathanError where it never began."""
+    last = next((event for event in reversed(folder.history()) if event["event"] in ("done", "stop", "submit")), None)
+    if last is None or last["event"] == "submit":
+        said = f" ({job.message.splitlines()[0]})" if job is not None and job.message else ""
+        raise LeviathanError(f"the job of run {folder.name} ended before the run began{said}; see the job's own log")
+    return 0 if last["event"] == "done" else int(last.get("code", 1))
+
+
+def write_script(run: Prepared) -> None:
+    """The script that every process of a run begins with, and the code, into the run's folder."""
+    script = script_of(run.folder, run.launch.ray, keep_code(run.folder.path))
+    write_whole(run.folder.path / SCRIPT, script.encode())
+
+
+def script_of(folder: RunFolder, asks: RayConfig, code: Path) -> str:
+    """The script of a run. Raises ConfigError where there is no such file as it is to begin with."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
+    environment.filters["sh"] = shlex.quote
+    env_file = None if asks.env_file is None else Path(asks.env_file).expanduser().resolve()
+    if env_file is not None and not env_file.is_file():
+        raise ConfigError(f"launch.ray.env_file: there is no file {env_file}; write it, or leave env_file empty")
+    return environment.get_template(SCRIPT).render(
+        cwd=str(Path.cwd()), env_file=None if env_file is None else str(env_file), code=str(code.resolve()),
+        variables={name: os.environ[name] for name in FORWARDED if os.environ.get(name)},
+        python=asks.python or sys.executable,
+    )  # fmt: skip
+
+
+def _manifest(run: Prepared) -> str:
+    """The RayJob of a run that is ready."""
+    import importlib.metadata
+
+    launch, asks, path = run.launch, run.launch.ray, run.folder.path.resolve()
+    if asks.image is None:
+        raise ConfigError("launch.ray.image is empty; name the container image that holds Python and what it needs")
+    name, _, mount = (asks.claim or "").partition(":")
+    worker = Worker(
+        image=asks.image, cpus=max(1, round(asks.cpus_per_rank)), gpus=int(asks.gpus), memory=asks.memory,
+        claim=(name, mount) if asks.claim else None,
+    )  # fmt: skip
+    words = ["bash", str(path / SCRIPT), "launcher.on_ray", str(path)]
+    ranks = (launch.ray.min_ranks or launch.ranks, launch.ranks)
+    return kuberay.manifest(run.folder.name, words, ranks, worker, importlib.metadata.version("ray"))
