@@ -93,11 +93,12 @@ class SlurmTeam(Team):
             slurm.kill_steps(self._job)
         reports, findings = preflight.collect(self.folder, hosts)
         findings += preflight.judge(reports, silent=bool(findings))
-        reported = {report["node"] for report in reports}
-        unheard = [
-            hosts[number] for number, beat in self._beacons.beats().items() if beat is None and number < len(hosts)
-        ]
-        return reports, findings + [preflight.unheard(host, hosts[0]) for host in unheard if host in reported]
+        # a login node, with a firewall around it, will not be who watches
+        if "SLURMD_NODENAME" in os.environ:
+            heard = {hosts[number] for number, beat in self._beacons.beats().items() if beat is not None}
+            unheard = [report["node"] for report in reports if report["node"] not in heard]
+            findings += [preflight.unheard(host, hosts[0]) for host in unheard]
+        return reports, findings
 
     def preflight(self) -> None:
         """Let every node measure itself, and tell what was found. Raises ConfigError where one is not fit."""
@@ -131,9 +132,10 @@ class SlurmTeam(Team):
         others may go on after the first has ended; 0: as long as they like."""
         launch, asks = self.launch, self.launch.slurm
         logs = str(self.folder.logs.resolve()).replace("%", "%%")
-        # the first task that ends must not take the others with it: they may be saving. The supervisor judges
+        # the first task that ends must not take the others with it: they may be saving. The supervisor judges.
+        # Slurm may never learn that a step ended on a node that died and came back: it must not keep out the next one
         words = ["srun", "--kill-on-bad-exit=0", f"--wait={wait_s}", "--distribution=block", "--open-mode=append",
-                 f"--nodes={launch.nodes}", f"--ntasks={launch.nodes * each}", f"--ntasks-per-node={each}",
+                 "--overlap", f"--nodes={launch.nodes}", f"--ntasks={launch.nodes * each}", f"--ntasks-per-node={each}",
                  f"--output={logs}/{log}_%5t.log"]  # fmt: skip
         if asks.cpus_per_rank is not None:
             words.append(f"--cpus-per-task={asks.cpus_per_rank}")

@@ -83,13 +83,13 @@ def read_state(folder: RunFolder, owner: Owner | None) -> State:
     """The state of a run whose folder `owner` has."""
     history, rows, facts = folder.history(), tail(folder.metrics), folder.facts()
     last_launch = max((n for n, event in enumerate(history) if event["event"] == "launch"), default=None)
-    now = [] if last_launch is None else history[last_launch:]
+    now = history[last_launch or 0 :]
     # beyond the newest line lie steps of a dead attempt, so only that line counts
     row = rows[-1] if rows else None
     ending = next((event for event in reversed(now) if event["event"] in ("done", "stop")), None)
     active = max([facts.get("created", 0.0), *(record["time"] for record in (*history[-1:], *rows[-1:]))])
     job = queued_job(folder, history) if owner is None else None
-    what = _what(owner, last_launch is not None, ending, job)
+    what = _what(owner, last_launch is not None or ending is not None, ending, job)
     return State(folder, what, owner, history, ending, row, _rate(rows), facts.get("steps"), active, job)
 
 
@@ -99,12 +99,12 @@ def queued_job(folder: RunFolder, history: Sequence[Record]) -> Job | None:
     return None if last is None or last["event"] == "launch" else job_of(folder)
 
 
-def _what(owner: Owner | None, launched: bool, ending: Record | None, job: Job | None) -> What:
+def _what(owner: Owner | None, begun: bool, ending: Record | None, job: Job | None) -> What:
     if owner is not None:
         return "running"
     if job is not None and not job.over:
         return "waiting"
-    if not launched:
+    if not begun:
         return "never began"
     if ending is None:
         return "killed"

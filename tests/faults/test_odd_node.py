@@ -72,6 +72,16 @@ def test_nodes_that_are_alike_are_fit_and_have_a_row_each(cluster, tmp_path):
     assert "2 nodes are fit" in done.stdout
 
 
+def test_a_batch_script_may_ask_as_well(cluster, tmp_path):
+    out, command = tmp_path / "out", f"{sys.executable} -m launcher doctor --nodes"
+    job = cluster.run(
+        "sbatch", "--parsable", "--nodes=2", f"--chdir={tmp_path}", f"--output={out}", "--wrap", command
+    ).strip()
+    wait_until(lambda: cluster.state(job) in ("COMPLETED", "FAILED"), seconds=120)
+    assert cluster.state(job) == "COMPLETED", out.read_text()
+    assert "2 nodes are fit" in out.read_text()
+
+
 def test_a_node_with_other_code_is_named(cluster, tmp_path):
     done = doctor(cluster, tmp_path, only_on_n2(tmp_path, other_code(tmp_path)))
     assert done.returncode == 78, done.stdout + done.stderr

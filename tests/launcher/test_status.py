@@ -73,6 +73,14 @@ def test_a_run_that_was_only_prepared_never_began(folder):
     assert reason.startswith("it never began: its folder was prepared 1 min 40 s ago, and nothing started")
 
 
+def test_a_run_that_was_stopped_before_any_rank_started_says_why(folder):
+    folder.event("submit", "submitted as Slurm job 4", job="4")
+    folder.event("stop", "stopped: node n2 has torch 2.11.0, n1 2.13.0; exclude it", code=78, step=0)
+    what, reason = reason_of(folder)
+    assert what == "failed"
+    assert reason.endswith("at step 0 (exit 78): node n2 has torch 2.11.0, n1 2.13.0; exclude it")
+
+
 def test_a_run_that_is_done_says_what_to_look_at(folder):
     lived(folder, steps=20, saved=(20,))
     folder.event("done", "trained to step 20", step=20)
