@@ -2,7 +2,8 @@
 
 The owner's process takes the lease and renews it every few seconds. A dead owner on this host is replaced at once;
 another host's after `STALE_S` without renewal, judged by watching, not by clocks. Each new owner has a higher fence
-number. A checkpoint is committed only under the lock and only while the lease still carries the committer's number,
+number. Only a later start of the same job does not wait: the cluster has ended the earlier one, or lost sight of it. A
+checkpoint is committed only under the lock and only while the lease still carries the committer's number,
 so an old owner that wakes up can finish nothing.
 """
 
@@ -29,9 +30,10 @@ LOCK_S = 20.0
 
 
 class Lease:
-    """The right to write into a run folder."""
+    """The right to write into a run folder. start_of_job: the job of a cluster, and which of its starts this is."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, start_of_job: tuple[str, int] | None = None) -> None:
+        self._start_of_job = start_of_job
         self._file, self._lock = folder / "lease.json", folder / "lease.lock"
         self.fence = 0
         self._stop = threading.Event()
@@ -42,7 +44,7 @@ class Lease:
         self._wait_for_other_host()
         with self._locked():
             held = self._read()
-            if held and _alive(held):
+            if held and _alive(held) and not self._follows(held):
                 raise self._in_use(held)
             self.fence = int(held.get("fence", 0)) + 1
             self._write(renewals=0)
@@ -82,7 +84,7 @@ class Lease:
     def _wait_for_other_host(self) -> None:
         """Watch a lease from another host: renewed means in use, untouched for STALE_S means dead."""
         first = self._read()
-        if not first.get("host") or first["host"] == socket.gethostname():
+        if not first.get("host") or first["host"] == socket.gethostname() or self._follows(first):
             return
         deadline = time.monotonic() + STALE_S
         while time.monotonic() < deadline:
@@ -92,6 +94,13 @@ class Lease:
                 if now.get("host"):
                     raise self._in_use(now)
                 return
+
+    def _follows(self, held: dict[str, Any]) -> bool:
+        """Whether the owner is an earlier start of the same job."""
+        if self._start_of_job is None:
+            return False
+        job, start = self._start_of_job
+        return held.get("job") == job and int(held.get("start", start)) < start
 
     def _in_use(self, held: dict[str, Any]) -> ConfigError:
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(held["since"]))
@@ -113,6 +122,8 @@ class Lease:
         me = psutil.Process()
         self._since = getattr(self, "_since", time.time())
         facts = {"host": socket.gethostname(), "pid": me.pid, "started": me.create_time(), "since": self._since}
+        if self._start_of_job is not None:
+            facts |= dict(zip(("job", "start"), self._start_of_job))
         write_whole(self._file, json.dumps({"fence": self.fence, "renewals": renewals, **facts}).encode())
 
     def _read(self) -> dict[str, Any]:

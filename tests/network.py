@@ -1,7 +1,7 @@
 """Nodes on this machine that are as far apart as real ones: own network, host name, processes, /dev/shm and /tmp/ray.
 
-A bridge joins them; all else of the file system they share, as nodes share a cluster's disk. Names of other nodes do not
-resolve, and a node's own name is loopback, as Debian writes it: what is found by addresses alone works, and nothing else.
+A bridge joins them; the rest of the file system they share, as nodes share a cluster's disk. Names of other nodes do
+not resolve, and a node's own name is loopback, as Debian writes it: only what is found by addresses works.
 It needs root, iproute2 and util-linux.
 """
 

@@ -130,3 +130,28 @@ def test_many_at_once_get_it_one_after_the_other(tmp_path):
         else:
             assert "in use by process" in err
     assert len(numbers) == len(set(numbers)) >= 1
+
+
+def test_a_later_start_of_the_same_job_takes_over_at_once_and_the_earlier_one_can_do_nothing_more(tmp_path):
+    facts = {"fence": 4, "renewals": 3, "host": "elsewhere", "pid": 1, "started": 0.0, "since": time.time()}
+    (tmp_path / "lease.json").write_text(json.dumps(facts | {"job": "slurm 7", "start": 1}))
+    began = time.monotonic()
+    second = Lease(tmp_path, ("slurm 7", 2))
+    assert second.take() == 5
+    assert time.monotonic() - began < 2
+    third = Lease(tmp_path, ("slurm 7", 3))
+    assert third.take() == 6, "though the second one, on this very host, lives"
+    with pytest.raises(CannotGoOnError, match="number 5, now 6"), second.held(5):
+        pytest.fail("an earlier start acted")
+    for lease in (second, third):
+        lease.release()
+    assert third.owner() is None
+
+
+@pytest.mark.parametrize("start", [("slurm 7", 2), ("slurm 7", 1), ("slurm 8", 9), None])
+def test_no_other_job_and_no_earlier_start_takes_over_from_one_that_lives(tmp_path, start):
+    holds = Lease(tmp_path, ("slurm 7", 2))
+    holds.take()
+    with pytest.raises(ConfigError, match="in use by process"):
+        Lease(tmp_path, start).take()
+    holds.release()
