@@ -57,14 +57,11 @@ class Worker:
     claim: tuple[str, str] | None = None
 
 
-def manifest(
-    run: str, words: Sequence[str], workers: tuple[int, int], worker: Worker, ray_version: str,
-    environment: Mapping[str, str] | None = None,
-) -> str:  # fmt: skip
+def manifest(run: str, words: Sequence[str], workers: tuple[int, int], worker: Worker, ray_version: str) -> str:
     """The RayJob of a run, as YAML. Raises ConfigError for what KubeRay would refuse only after minutes.
 
     words: the command of the driver. workers: the fewest that the run goes on with, and how many there shall be.
-    ray_version: of the image. environment: of the driver and of all that it starts.
+    ray_version: of the image.
     """
     _check(workers, worker, ray_version)
     fewest, most = workers
@@ -92,8 +89,6 @@ def manifest(
         "ttlSecondsAfterFinished": KEPT_S,
         "rayClusterSpec": cluster,
     }
-    if environment:
-        spec["runtimeEnvYAML"] = yaml.dump({"env_vars": dict(environment)}, Dumper=_Dumper)
     job = {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": name_of(run)}, "spec": spec}
     return yaml.dump(job, Dumper=_Dumper, sort_keys=False)
 

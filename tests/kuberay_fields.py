@@ -15,7 +15,7 @@ import yaml
 
 from launcher.kuberay import Worker, manifest
 
-FULL = manifest("tiny", ["python"], (1, 2), Worker("image", 8, 8, "64Gi", ("runs", "/runs")), "2.60.0", {"A": "b"})
+FULL = manifest("tiny", ["python"], (1, 2), Worker("image", 8, 8, "64Gi", ("runs", "/runs")), "2.60.0")
 """A manifest with every field that can be in one."""
 Node = dict[str, Any]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import ConfigError
@@ -43,8 +43,8 @@ def fields(value, path=""):
         yield path, value
 
 
-def job(run="tiny", words=("python",), workers=(2, 4), worker=WORKER, version="2.60.0", environment=None):
-    return yaml.safe_load(manifest(run, words, workers, worker, version, environment))
+def job(run="tiny", words=("python",), workers=(2, 4), worker=WORKER, version="2.60.0"):
+    return yaml.safe_load(manifest(run, words, workers, worker, version))
 
 
 def unlike_kuberay(tree):
@@ -117,14 +117,25 @@ def test_every_pod_sees_the_runs_and_has_shared_memory():
     assert "persistentVolumeClaim" not in str(alone)
 
 
-@given(words=st.lists(NASTY, min_size=1, max_size=5), value=NASTY)
-def test_words_and_values_arrive_exactly_and_change_nothing_else(words, value):
-    plain = job(environment={"NAME": "x"})
-    nasty = job(words=words, environment={"NAME": value})
+@settings(deadline=None)
+@given(words=st.lists(NASTY, min_size=1, max_size=5))
+def test_words_arrive_exactly_and_change_nothing_else(words):
+    plain, nasty = job(), job(words=words)
     assert shlex.split(nasty["spec"].pop("entrypoint")) == words
-    assert yaml.safe_load(nasty["spec"].pop("runtimeEnvYAML")) == {"env_vars": {"NAME": value}}
-    del plain["spec"]["entrypoint"], plain["spec"]["runtimeEnvYAML"]
+    del plain["spec"]["entrypoint"]
     assert nasty == plain
+
+
+@settings(deadline=None)
+@given(image=st.text(alphabet=st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=40))
+def test_an_image_arrives_exactly_and_changes_nothing_else(image):
+    tree = job(worker=Worker(image, 1, 0, "4Gi"))
+    cluster = tree["spec"]["rayClusterSpec"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    containers = [group["template"]["spec"]["containers"][0] for group in groups]
+    assert [container.pop("image") for container in containers] == [image, image]
+    plain = job(worker=Worker("i", 1, 0, "4Gi"))
+    assert str(tree) == str(plain).replace("'image': 'i', ", "")
 
 
 @pytest.mark.parametrize("claim", ["1e3", "0o17", "y", "12", "no"])
@@ -133,6 +144,7 @@ def test_text_that_other_readers_of_yaml_take_for_something_else_is_quoted(claim
     assert re.search(rf"""claimName: (["']){claim}\1\n""", text)
 
 
+@settings(deadline=None)
 @given(run=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True))
 def test_any_runs_name_becomes_one_that_kubernetes_takes(run):
     name = name_of(run)
