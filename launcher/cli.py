@@ -29,6 +29,12 @@ Words = Annotated[
     list[str], typer.Argument(metavar="CONFIG | KEY=VALUE", help="YAML files, later wins; then single values.")
 ]
 Ranks = Annotated[int | None, typer.Option(min=1, help="Processes, one a device; instead of launch.ranks.")]
+Branch = Annotated[
+    list[str] | None,
+    typer.Option("--from", help="RUN or RUN@STEP to begin a new run from; of an ensemble MODULE=RUN for each."),
+]
+Allow = Annotated[list[str] | None, typer.Option(help="A key that may differ from the run's beginning.")]
+Without = Annotated[list[str] | None, typer.Option(metavar="MODULE", help="Of an ensemble: leave it out.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run under runs/, or the path of its folder.")]
 Folder = Annotated[str, typer.Argument(metavar="DIR", help="A folder of shards: data.dir.")]
 StepOf = Annotated[int | None, typer.Option(help="The checkpoint of this step; left out: the newest that is whole.")]
@@ -185,11 +191,8 @@ def mixers_new(name: Annotated[str, typer.Argument(metavar="NAME", help="For exa
 def train(
     words: Words,
     ranks: Ranks = None,
-    branch: Annotated[
-        list[str] | None,
-        typer.Option("--from", help="RUN or RUN@STEP to begin a new run from; of an ensemble MODULE=RUN for each."),
-    ] = None,
-    allow: Annotated[list[str] | None, typer.Option(help="A key that may differ from the run's beginning.")] = None,
+    branch: Branch = None,
+    allow: Allow = None,
 ) -> None:
     """Train here, under a supervisor; go on where the run was, if it was begun before."""
     from launcher.train import train_here
@@ -202,7 +205,7 @@ def train(
 def ensemble(
     words: Words,
     ranks: Ranks = None,
-    without: Annotated[list[str] | None, typer.Option(metavar="MODULE", help="A module to leave out.")] = None,
+    without: Without = None,
 ) -> None:
     """Train each module of an ensemble alone, then all of them joined; go on wherever that was."""
     from launcher.ensemble import train_ensemble
@@ -227,13 +230,10 @@ def submit_slurm(
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Processes on all nodes together; left out: one a GPU, or launch.ranks.")
     ] = None,
-    branch: Annotated[
-        list[str] | None,
-        typer.Option("--from", help="RUN or RUN@STEP to begin a new run from; of an ensemble MODULE=RUN for each."),
-    ] = None,
-    allow: Annotated[list[str] | None, typer.Option(help="A key that may differ from the run's beginning.")] = None,
+    branch: Branch = None,
+    allow: Allow = None,
     after: Annotated[list[str] | None, typer.Option(metavar="JOB", help="A job that must be done before.")] = None,
-    without: Annotated[list[str] | None, typer.Option(metavar="MODULE", help="Of an ensemble: leave it out.")] = None,
+    without: Without = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the batch script; submit and write nothing.")
     ] = False,
@@ -254,12 +254,9 @@ def submit_ray(
         str | None, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Of its dashboard: http://10.0.0.1:8265.")
     ] = None,
     ranks: Ranks = None,
-    branch: Annotated[
-        list[str] | None,
-        typer.Option("--from", help="RUN or RUN@STEP to begin a new run from; of an ensemble MODULE=RUN for each."),
-    ] = None,
-    allow: Annotated[list[str] | None, typer.Option(help="A key that may differ from the run's beginning.")] = None,
-    without: Annotated[list[str] | None, typer.Option(metavar="MODULE", help="Of an ensemble: leave it out.")] = None,
+    branch: Branch = None,
+    allow: Allow = None,
+    without: Without = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay and show the run until it ends.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the job's script; submit and write nothing.")
@@ -332,7 +329,7 @@ def evaluate(
     step: StepOf = None,
     rows: Annotated[str, typer.Option(metavar="N|all", help="Held-out rows of each source.")] = "256",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")] = "auto",
-    without: Annotated[list[str] | None, typer.Option(metavar="MODULE", help="Of an ensemble: leave it out.")] = None,
+    without: Without = None,
 ) -> None:
     """Measure loss, perplexity and bits per byte on held-out text, by source, context, and module of an ensemble."""
     if rows != "all" and not (rows.isdigit() and int(rows)):
