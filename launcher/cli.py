@@ -35,12 +35,14 @@ Branch = Annotated[
 ]
 Allow = Annotated[list[str] | None, typer.Option(help="A key that may differ from the run's beginning.")]
 Without = Annotated[list[str] | None, typer.Option(metavar="MODULE", help="Of an ensemble: leave it out.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the job's script; submit and write nothing.")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run under runs/, or the path of its folder.")]
 Folder = Annotated[str, typer.Argument(metavar="DIR", help="A folder of shards: data.dir.")]
 StepOf = Annotated[int | None, typer.Option(help="The checkpoint of this step; left out: the newest that is whole.")]
 
 
 @data.callback()
+@submit.callback()
 def verbs(context: typer.Context) -> None:
     """Without a verb, say which there are."""
     if context.invoked_subcommand is None:
@@ -64,12 +66,9 @@ def leviathan(
 @app.command(rich_help_panel=PREPARE)
 def doctor(
     words: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="CONFIG | KEY=VALUE", help="With --nodes: of a job, such as launch.slurm.wrapper."),
+        list[str] | None, typer.Argument(metavar="CONFIG | KEY=VALUE", help="Of a job, for example its wrapper.")
     ] = None,
-    nodes: Annotated[
-        bool, typer.Option("--nodes", help="Test every node of the Slurm allocation that this is called in.")
-    ] = False,
+    nodes: Annotated[bool, typer.Option("--nodes", help="Test every node of the Slurm job that this is in.")] = False,
 ) -> None:
     """Test this machine: versions, processors, memory, disk, clock, network between ranks; say what to do."""
     if nodes:
@@ -217,12 +216,6 @@ def ensemble(
 app.add_typer(submit, name="submit", rich_help_panel=TRAIN)
 
 
-@submit.callback()
-def submit_verbs(context: typer.Context) -> None:
-    """Without a verb, say which there are."""
-    verbs(context)
-
-
 @submit.command("slurm")
 def submit_slurm(
     words: Words,
@@ -234,9 +227,7 @@ def submit_slurm(
     allow: Allow = None,
     after: Annotated[list[str] | None, typer.Option(metavar="JOB", help="A job that must be done before.")] = None,
     without: Without = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the batch script; submit and write nothing.")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train in a Slurm job, queued again before its time is over; an ensemble is a graph of jobs."""
     from launcher.submit import Asked
@@ -258,9 +249,7 @@ def submit_ray(
     allow: Allow = None,
     without: Without = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay and show the run until it ends.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the job's script; submit and write nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     kuberay: Annotated[bool, typer.Option("--kuberay", help="Print a RayJob for Kubernetes; submit nothing.")] = False,
 ) -> None:
     """Train in a job of a Ray cluster, which mends what nodes and workers it loses; again: attach to that job."""
