@@ -65,9 +65,7 @@ def leviathan(
 
 @app.command(rich_help_panel=PREPARE)
 def doctor(
-    words: Annotated[
-        list[str] | None, typer.Argument(metavar="CONFIG | KEY=VALUE", help="Of a job, for example its wrapper.")
-    ] = None,
+    words: Annotated[list[str] | None, typer.Argument(metavar="CONFIG | KEY=VALUE", help="As for a job.")] = None,
     nodes: Annotated[bool, typer.Option("--nodes", help="Test every node of the Slurm job that this is in.")] = False,
 ) -> None:
     """Test this machine: versions, processors, memory, disk, clock, network between ranks; say what to do."""
@@ -221,7 +219,7 @@ def submit_slurm(
     words: Words,
     nodes: Annotated[int | None, typer.Option(min=1, help="Machines; instead of launch.nodes.")] = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Processes on all nodes together; left out: one a GPU, or launch.ranks.")
+        int | None, typer.Option(min=1, help="Of all nodes; left out: one a GPU, or launch.ranks.")
     ] = None,
     branch: Branch = None,
     allow: Allow = None,
