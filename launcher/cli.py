@@ -218,9 +218,7 @@ app.add_typer(submit, name="submit", rich_help_panel=TRAIN)
 def submit_slurm(
     words: Words,
     nodes: Annotated[int | None, typer.Option(min=1, help="Machines; instead of launch.nodes.")] = None,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="Of all nodes; left out: one a GPU, or launch.ranks.")
-    ] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Of all nodes; else one a GPU, or launch.ranks.")] = None,
     branch: Branch = None,
     allow: Allow = None,
     after: Annotated[list[str] | None, typer.Option(metavar="JOB", help="A job that must be done before.")] = None,
