@@ -1,97 +1,145 @@
-"""What a very large data set costs a rank: a manifest of a million shards, 100 trillion tokens, and the first batch.
+"""What thousands of ranks cost: a manifest of a million shards, and a simulation that is held to real runs here.
 
-The manifest is synthetic, written and read as every manifest is; each reading is a process of its own.
+Real runs of 1, 2 and 4 ranks say how far the simulation is to be believed; published figures of clusters make it speak
+of those. It says where a run breaks, and by what.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
+import socket
+import statistics
 import tempfile
-import time
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
+from benchmarks import simulate_clusters as clusters
+from benchmarks import simulate_here as here
+from benchmarks.common import Table
+from benchmarks.scale_manifest import manifest
+from benchmarks.simulate_clusters import Figures, Local, bottleneck
+from benchmarks.simulate_run import Run
+from launcher.beacons import Beacons
+from pretrain.beacon import RECORD
 
-from benchmarks.common import Table, interval
-from data_pipeline import manifest as manifests
-from data_pipeline.manifest import HEADER, SCHEMA, TABLE, Manifest, TokenizerInfo
-
-SOURCES, WINDOW, LENGTH, BATCH = ("code", "web"), 64, 4096, 1024
-LOAD_S, MEMORY_GIB, FIRST_S = 10.0, 2.0, 1.0
-_READ = """
-import json, resource, sys, time
-from pathlib import Path
-import numpy, pyarrow.parquet
-from data_pipeline import manifest as manifests
-from data_pipeline.manifest import HEADER, TABLE
-from data_pipeline.order import Order
-folder, (length, window, batch) = Path(sys.argv[1]), map(int, sys.argv[2:])
-began = time.perf_counter()
-read = manifests.decode((folder / HEADER).read_bytes(), (folder / TABLE).read_bytes(), str(folder))
-loaded = time.perf_counter()
-order = Order(read, length=length, seed=0, weights={"code": 1.0, "web": 3.0}, window=window)
-ready = time.perf_counter()
-order.rows(0, batch)
-first = time.perf_counter()
-order.rows(10**10, batch)
-there = time.perf_counter()
-print(json.dumps({"load": loaded - began, "order": ready - loaded, "first": first - ready, "far": there - first,
-                  "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)}))
-"""
+ERROR, TRAFFIC, LOST, START_S = 0.3, 1.2, 0.10, 300.0
+DEFAULT_BUFFER, READ_EVERY_S = 212_992, 0.5
+"""What Linux grants a socket unless told otherwise (net.core.rmem_max); how often a supervisor reads signs of life."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     parser.add_argument("--shards", type=int, default=1_000_000)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="readings of the manifest")
+    parser.add_argument("--runs", type=int, default=1, help="real runs of each number of ranks")
 
 
 def run(options: argparse.Namespace) -> Table:
-    """Write the manifest, read it several times, and return the table."""
-    tokens = 100_000_000
-    table = Table(f"a manifest of {options.shards:,} shards, {options.shards * tokens / 1e12:,.0f} trillion tokens")
+    """Measure, simulate, and return the table."""
+    table = Table("what thousands of ranks cost, simulated; the simulation against real runs on this machine")
+    cost = manifest(table, options.shards, options.rounds)
     with tempfile.TemporaryDirectory() as name:
-        began = time.perf_counter()
-        header, rows = manifests.encode(_synthetic(options.shards, tokens))
-        (Path(name) / HEADER).write_bytes(header)
-        (Path(name) / TABLE).write_bytes(rows)
-        table.add("to write it", time.perf_counter() - began, "s", note=f"({len(rows) / (1 << 20):.0f} MiB)")
-        found = [_read(Path(name)) for _ in range(options.rounds)]
-    for what, key, unit, goal in (
-        ("load and verify", "load", "s", LOAD_S),
-        ("the order of all rows", "order", "s", None),
-        (f"first batch of {BATCH:,} rows", "first", "s", FIRST_S),
-        ("a batch ten billion rows later", "far", "s", FIRST_S),
-        ("memory of the process", "gib", "GiB", MEMORY_GIB),
-    ):
-        spread = interval([one[key] for one in found])
-        table.add(what, spread.median, unit, goal=goal, spread=spread)
+        config = here.configure(Path(name))
+        facts = here.measure(config)
+        _check(table, config, facts, options.runs)
+    _beacons(table)
+    alone, constants = facts["alone"], here.machine(facts, cores=1.0, ranks=1)
+    local = Local(
+        start_core_s=alone["start_cpu"], ready_core_s=alone["ready_cpu"], shard_core_s=cost.shard_s,
+        save_core_s=constants.save_core_s, start_bytes=alone["start_bytes"], start_looks=alone["start_looks"],
+        shard_bytes=cost.shard_bytes, spawn_s=facts["spawn_s"],
+    )  # fmt: skip
+    _clusters(table, local, options.shards)
     return table
 
 
-def _read(folder: Path) -> dict[str, float]:
-    words = [sys.executable, "-c", _READ, str(folder), *map(str, (LENGTH, WINDOW, BATCH))]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+def _check(table: Table, config: Path, facts: dict[str, object], runs: int) -> None:
+    """Real runs beside simulated ones, and what ranks of one node read from its disk."""
+    from_disk = {}
+    for ranks in (1, 2, 4):
+        real = [here.real_run(config, ranks) for _ in range(runs)]
+        job = here.job(ranks, facts)
+        starts = [Run(here.machine(facts, one.cores[0], ranks), job).simulate() for one in real]
+        steps = [Run(here.machine(facts, one.cores[1], ranks), job).simulate() for one in real]
+        from_disk[ranks] = statistics.median(one.from_disk for one in real)
+        for what, predicted, measured, goal, at in (
+            ("first step", [s.first_s for s in starts], [one.first_s for one in real], ERROR, 0),
+            ("a step", [s.step_s for s in steps], [one.step_s for one in real], ERROR, 1),
+            ("training blocked by a save", [s.blocked_s for s in steps], [one.blocked_s for one in real], None, 1),
+            ("a save until durable", [s.durable_s for s in steps], [one.durable_s for one in real], None, 1),
+        ):
+            guess, truth = statistics.median(predicted), statistics.median(measured)
+            cores = statistics.median(one.cores[at] for one in real)
+            note = f"(predicted {guess:.3g} s, measured {truth:.3g} s, {cores:.1f} cores left to the run)"
+            name = f"here, {ranks} rank{'s' * (ranks > 1)}: {what}, error of the prediction"
+            table.add(name, abs(guess / truth - 1), "", goal=goal, note=note)
+    note = f"({from_disk[1] / 2**20:.1f} and {from_disk[4] / 2**20:.1f} MiB; the data was not in memory)"
+    table.add("read from disk until the first step: 4 ranks of a node / 1 rank", from_disk[4] / max(1.0, from_disk[1]),
+              "x", goal=TRAFFIC, note=note)  # fmt: skip
 
 
-def _synthetic(count: int, tokens: int) -> Manifest:
-    """Shards as a build would have named and hashed them."""
-    rng = np.random.default_rng(0)
-    hashes = [rng.bytes(32).hex() for _ in range(count)]
-    of = np.arange(count) * len(SOURCES) // count
-    columns = {
-        "source": [SOURCES[number] for number in of], "split": ["train"] * count,
-        "name": [f"{SOURCES[number]}-train-{row:07d}-00.tar" for row, number in enumerate(of)],
-        "bytes": np.full(count, 2 * tokens), "sha256": hashes,
-        "tokens": tokens + rng.integers(-1000, 1000, count), "documents": rng.integers(10_000, 100_000, count),
-        "text_bytes": np.full(count, 4 * tokens), "index_offset": np.full(count, 2 * tokens - 4096),
-        "index_sha256": hashes[::-1],
-    }  # fmt: skip
-    made = pa.table(columns, schema=SCHEMA)
-    tokenizer = TokenizerInfo("bytes", "0" * 64, 257)
-    return Manifest(tokenizer, made, {name: {} for name in SOURCES}, manifests.fingerprint(tokenizer, made))
+def _beacons(table: Table) -> None:
+    """How many ranks one supervisor can hear that reads twice a second."""
+    world = 4096
+    listener = Beacons("127.0.0.1", world)
+    listener._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, DEFAULT_BUFFER)
+    host, port, nonce = listener.next_attempt().rsplit(":", 2)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for rank in range(world):
+            sender.sendto(RECORD.pack(bytes.fromhex(nonce), rank, 0.0, 1, 3, 0), (host, int(port)))
+    heard = sum(beat is not None for beat in listener.beats().values())
+    listener.close()
+    note = (
+        f"(one a second each, read every {READ_EVERY_S:g} s; the socket asks for more, which Linux grants where told)"
+    )
+    table.add("ranks whose signs of life fit a socket of Linux's default", heard / READ_EVERY_S, "ranks", note=note)
+
+
+def _clusters(table: Table, local: Local, shards: int) -> None:
+    machine = clusters.h100(local)
+    alone = Run(machine, clusters.large_job(1, shards)).simulate().step_s
+    of = {}
+    for ranks in clusters.RANKS:
+        job = clusters.large_job(ranks, shards)
+        of[ranks] = clusters.figures(machine, job, alone)
+        _figures(table, of[ranks])
+    largest = clusters.RANKS[-1]
+    shared = clusters.figures(machine, replace(clusters.large_job(largest, shards), shared_looks=True), alone)
+    _shared(table, shared)
+    nodes = [-(-ranks // machine.ranks_per_node) for ranks in (8, largest)]
+    few, many = (of[ranks].start.start_bytes / count for ranks, count in zip((8, largest), nodes))
+    note = f"({few / 2**30:.2f} and {many / 2**30:.2f} GiB a node)"
+    table.add("H100: bytes from storage until the first step, a node: 16,384 ranks / 8", many / few, "x", goal=TRAFFIC,
+              note=note)  # fmt: skip
+    step = of[512].start.step_s / of[64].start.step_s
+    note = f"(llm-foundry measured {clusters.PUBLISHED_64_TO_512:.3f} with FSDP; nodes here are equally fast)"
+    table.add("H100: speed of a rank, 512 ranks / 64", 1 / step, "x", note=note)
+
+
+def _figures(table: Table, of: Figures) -> None:
+    """The rows of one number of ranks."""
+    name, share = bottleneck(of.start)
+    start = f"H100, {of.ranks:,} rank{'s' * (of.ranks > 1)}"
+    table.add(f"{start}: launch to first step", of.start.first_s, "s", note=f"({share:.0%} of it {name})")
+    table.add(f"{start}: a step", of.start.step_s, "s",
+              note=f"(efficiency {of.efficiency:.3f}; data asks {_rate(of.data_rate)} of storage)")  # fmt: skip
+    table.add(f"{start}: a save, until durable", of.start.durable_s, "s",
+              note=f"(training is blocked for {of.start.blocked_s:.3g} s)")  # fmt: skip
+    name, share = bottleneck(of.again)
+    table.add(f"{start}: lost to failures", of.lost, "",
+              note=f"(one in {of.mtbf_s / 3600:,.1f} h; {of.again.first_s:,.0f} s to start again, {share:.0%} of it"
+              f" {name}; a save every {of.interval_s:,.0f} s)")  # fmt: skip
+
+
+def _shared(table: Table, of: Figures) -> None:
+    """What the largest run would be if ranks shared the look at all shards' sizes."""
+    start = f"H100, {of.ranks:,} ranks that share the look at shards"
+    name, share = bottleneck(of.start)
+    table.add(f"{start}: launch to first step", of.start.first_s, "s", goal=START_S, note=f"({share:.0%} of it {name})")
+    name, share = bottleneck(of.again)
+    table.add(f"{start}: lost to failures", of.lost, "", goal=LOST,
+              note=f"({of.again.first_s:,.0f} s to start again, {share:.0%} of it {name})")  # fmt: skip
+
+
+def _rate(bytes_a_second: float) -> str:
+    return f"{bytes_a_second / 1e9:,.3g} GB/s"
