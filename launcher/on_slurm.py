@@ -72,25 +72,39 @@ class SlurmTeam(Team):
         return f"slurm {self._job}", 1 + int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
     def missing(self) -> str | None:
-        # `srun` waits for a dead node as long as Slurm takes it for alive, which is minutes, or fails at once
-        with ThreadPoolExecutor(_CALLS) as pool:
-            gone = [node.name for node, there in zip(self._nodes, pool.map(slurm.answers, self._nodes)) if not there]
+        # Slurm takes a dead node for alive for minutes, and `srun` fails there
+        gone = self._gone()
         return f"node {', '.join(gone)} does not answer" if gone else None
+
+    def _gone(self) -> list[str]:
+        with ThreadPoolExecutor(_CALLS) as pool:
+            return [node.name for node, there in zip(self._nodes, pool.map(slurm.answers, self._nodes)) if not there]
 
     def measure(self) -> tuple[list[preflight.Report], list[preflight.Finding]]:
         """What every node finds of itself and of its way to the others, and what is wrong with which."""
         hosts, each = self._hosts, 1
+        gone = self._gone()
+        if gone:  # `srun` would end the others too, and all would look alike
+            message = f"does not answer {hosts[0]}, which is to start the ranks there"
+            return [], [preflight.Finding(host, message, True) for host in gone]
         shutil.rmtree(preflight.folder_of(self.folder), ignore_errors=True)
         for number in range(len(hosts)):
             preflight.log_of(self.folder, number).unlink(missing_ok=True)
         words = self._words("launcher.preflight", each, preflight.LOG, wait_s=preflight.WAIT_S)
         environment = os.environ | self._meeting(each) | {"WORLD_SIZE": str(len(hosts))}
         environment["LEVIATHAN_BEACON"] = self._beacons.next_attempt()
+        refusal = ""
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, timeout=PREFLIGHT_S, check=False)
+                done = subprocess.run(
+                    words, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                    timeout=PREFLIGHT_S, check=False,
+                )  # fmt: skip
+                refusal = done.stderr.strip()
         finally:
             slurm.kill_steps(self._job)
+        if refusal and not any(preflight.log_of(self.folder, number).exists() for number in range(len(hosts))):
+            raise ConfigError(f"nothing was started on any node ({refusal.splitlines()[-1]}); ask for what srun lacks")
         reports, findings = preflight.collect(self.folder, hosts)
         findings += preflight.judge(reports, silent=bool(findings))
         # a login node, with a firewall around it, will not be who watches
@@ -106,6 +120,10 @@ class SlurmTeam(Team):
         preflight.settle(self.folder, reports, findings, "exclude it (launch.slurm.extra=[--exclude=NODE]) or mend it")
 
     def start(self, attempt: int, fence: int) -> None:
+        if self._srun is not None:
+            # a node that was out of reach when ranks were to end may be back by now, with its own
+            with contextlib.suppress(LeviathanError):
+                slurm.kill_steps(self._job)
         forget_exits(self.folder, self.world)
         self._codes = {}
         each = self.world // self.launch.nodes

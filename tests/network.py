@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -68,7 +69,10 @@ class Network:
     ) -> subprocess.Popen[bytes]:
         """Switch a node on, with a command that it lives for; it ends when the command does."""
         self.mend(number)
-        alone = ["unshare", "--uts", "--ipc", "--pid", "--mount", "--mount-proc", "--fork", "--kill-child"]
+        # every start is a boot: a node that was up longer than its jobs would seem never to have gone down
+        boot = f"--boottime=-{int(time.clock_gettime(time.CLOCK_BOOTTIME)) - 1}"
+        alone = ["unshare", "--uts", "--ipc", "--pid", "--time", boot, "--mount", "--mount-proc", "--fork",
+                 "--kill-child"]  # fmt: skip
         begin = ["sh", "-c", _BEGIN, "sh", f"n{number}", str(self._folder / f"n{number}"), *words]
         process = subprocess.Popen(
             ["nsenter", f"--net=/run/netns/{self._space(number)}", *alone, *begin], env=dict(env),
@@ -80,7 +84,7 @@ class Network:
     def inside(self, number: int, words: Sequence[str]) -> list[str]:
         """A command as one more process of a node that is on."""
         (first,) = psutil.Process(self._machines[number].pid).children()
-        return ["nsenter", f"--target={first.pid}", "--net", "--uts", "--ipc", "--pid", "--mount", *words]
+        return ["nsenter", f"--target={first.pid}", "--net", "--uts", "--ipc", "--pid", "--time", "--mount", *words]
 
     def processes(self, number: int) -> list[psutil.Process]:
         """All processes of a node."""

@@ -14,6 +14,7 @@ from tests.conftest import leviathan, losses
 from tests.mini_slurm import MiniSlurm
 
 TWO = ("--nodes", 2, "--ranks", 2)
+QUICK = "launch.preflight=false"
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 JOB_S = 150
 """The longest a job of these tests may take on two busy cores."""

@@ -11,7 +11,7 @@ from pretrain.run_folder import RunFolder
 from tests.conftest import events, leviathan, wait_until
 from tests.mini_slurm import MiniSlurm, missing
 from tests.small_ensemble import write_ensemble
-from tests.small_job import JOB_S, TWO, assert_same, output_of, processes_of, submit, until_over
+from tests.small_job import JOB_S, QUICK, TWO, assert_same, output_of, processes_of, submit, until_over
 
 pytestmark = [
     pytest.mark.e2e,
@@ -85,6 +85,19 @@ def test_a_cancelled_job_leaves_no_process(cluster, tiny):
     wait_until(lambda: cluster.state(job) == "CANCELLED", seconds=60)
     wait_until(lambda: not processes_of(run), seconds=40)
     assert not events(run, "requeue")
+
+
+def test_a_killed_supervisor_leaves_no_process_and_the_same_command_goes_on(cluster, tiny, undisturbed):
+    run, job = submit(cluster, tiny, QUICK, env={"LEVIATHAN_FAULT": "step.before_forward:0:12:sleep=60"})
+    wait_until(lambda: len(run.steps()) == 12, seconds=JOB_S)
+    (supervisor,) = [process for process in processes_of(run) if "launcher.on_slurm" in process.cmdline()]
+    supervisor.kill()
+    assert until_over(cluster, job) == "FAILED"
+    wait_until(lambda: not processes_of(run), seconds=30)
+    assert cluster.restarts(job) == 0
+    _, again = submit(cluster, tiny, QUICK)
+    assert until_over(cluster, again) == "COMPLETED", output_of(run, again)
+    assert_same(run, undisturbed)
 
 
 def test_a_run_that_waits_or_runs_is_not_submitted_twice(cluster, tiny):
