@@ -105,6 +105,7 @@ class SlurmTeam(Team):
             slurm.kill_steps(self._job)
         if refusal and not any(preflight.log_of(self.folder, number).exists() for number in range(len(hosts))):
             raise ConfigError(f"nothing was started on any node ({refusal.splitlines()[-1]}); ask for what srun lacks")
+        print(refusal, end="\n" if refusal else "", file=sys.stderr, flush=True)
         reports, findings = preflight.collect(self.folder, hosts)
         findings += preflight.judge(reports, silent=bool(findings))
         # a login node, with a firewall around it, will not be who watches

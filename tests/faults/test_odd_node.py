@@ -103,6 +103,13 @@ def test_a_node_that_cannot_start_is_named_and_the_one_that_waits_for_it_is_not(
     assert "node n1" not in done.stdout
 
 
+def test_no_node_is_blamed_for_what_the_job_does_not_have(cluster, tmp_path):
+    done = doctor(cluster, tmp_path, "launch.slurm.cpus_per_rank=4096")
+    assert done.returncode == 78
+    assert "error: nothing was started on any node (srun: error: " in done.stderr
+    assert "n1" not in done.stdout
+
+
 def test_within_a_step_of_a_job_it_measures_nothing(cluster, tmp_path):
     done = doctor(cluster, tmp_path, before=("srun", "--nodes=1"))
     assert done.returncode == 2
