@@ -21,7 +21,7 @@ from configs.load import load
 from data_pipeline.on_ray import import_ray
 from launcher.config import LaunchConfig
 from launcher.restart import Attempt, decide
-from launcher.runs import attempts_before
+from launcher.runs import attempts_before, newest_row
 from launcher.snapshot import ROOT, check_code
 from launcher.watch import EXPLAINED
 from pretrain.lease import Lease
@@ -188,8 +188,10 @@ def judge(
     if decision.action == "give_up":
         raise GivenUpError(decision.reason, decision.code)
     most = max_restarts if max_restarts is not None else "∞"
-    origin = f"from step {saved}" if saved else "from the beginning: nothing was saved yet"
-    run.event("restart", f"restart {len(history)}/{most} {origin}", step=saved)
+    row = newest_row(run)
+    redo = max(0, (row["step"] if row else 0) - saved)
+    origin = f"from step {saved}, {redo} steps to redo" if saved else "from the beginning: nothing was saved yet"
+    run.event("restart", f"restart {len(history)}/{most} {origin}", step=saved, redo=redo)
     return history
 
 
@@ -226,6 +228,7 @@ def _inner(error: Exception) -> BaseException:
 
 def _words_of(error: BaseException) -> str:
     """What Ray says of a lost worker, in one line."""
+    error = getattr(error, "health_check_failure", None) or error
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "died" in line or "dead" in line or "killed" in line]
     return (telling or lines or [type(error).__name__])[0][:300]
