@@ -54,9 +54,9 @@ def examine_nodes(files: Sequence[str], words: Sequence[str]) -> int:
                        ">fsync", ">clock", "code")  # fmt: skip
     by_node = {report["node"]: report for report in reports}
     for node in nodes:
-        state = state_of(node, findings)
+        state = state_of(node, node in by_node, findings)
         cells = cells_of(by_node[node]) if node in by_node else []
-        table.add_row(Text(state, style=STYLES[state]), Text(node, style=STYLES[state]), *cells)
+        table.add_row(Text(state, style=STYLES.get(state, "")), Text(node, style=STYLES.get(state, "")), *cells)
     terminal.print(table)
     if reports:
         facts = "; ".join(filter(None, [versions_of(reports), speed_between(reports)]))
@@ -98,10 +98,10 @@ def _measure(job: str, launch: LaunchConfig) -> tuple[list[Report], list[Finding
             team.close()
 
 
-def state_of(node: str, findings: Sequence[Finding]) -> str:
-    """ok, warn or fail."""
+def state_of(node: str, measured: bool, findings: Sequence[Finding]) -> str:
+    """ok, warn or fail; nothing where nothing is known, since another node kept all from being measured."""
     stops = [finding.stops for finding in findings if finding.host == node]
-    return "fail" if any(stops) else "warn" if stops else "ok"
+    return "fail" if any(stops) else "warn" if stops else "ok" if measured else ""
 
 
 def cells_of(report: Report) -> list[str]:

@@ -36,7 +36,12 @@ def test_a_job_without_slurm_is_one_sentence():
 )
 def test_the_worst_finding_is_the_state_of_a_node(stops, state):
     findings = [Finding("n1", "is odd", each) for each in stops]
-    assert state_of("n1", [*findings, Finding("n2", "is odder", True)]) == state
+    assert state_of("n1", True, [*findings, Finding("n2", "is odder", True)]) == state
+
+
+def test_of_a_node_that_was_not_measured_nothing_is_said_but_what_is_wrong():
+    assert state_of("n1", False, [Finding("n2", "is odd", True)]) == ""
+    assert state_of("n2", False, [Finding("n2", "is odd", True)]) == "fail"
 
 
 def test_a_row_has_everything_in_units_for_people():
