@@ -28,6 +28,7 @@ Doing = Literal["read", "written"]
 
 SILENCE_S = 60.0
 """The longest that a server may send nothing."""
+BLOCK = 8 << 20
 CONNECT_S = 4.0
 """The longest that one try to reach a store may take; it is tried some times."""
 
@@ -38,6 +39,8 @@ _REASONS = {
     "DefaultCredentialsError": "no credentials",
     "EndpointConnectionError": "no answer",
     "ConnectTimeoutError": "no answer",
+    "ClientConnectorError": "no answer",
+    "ConnectionTimeoutError": "no answer",
 }
 _LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 
@@ -87,15 +90,25 @@ def find(path: str) -> Found:
     return found
 
 
-def open_input(path: str, size: int | None) -> BinaryIO:
-    """The bytes of an input, to be read from the start. Raises DataError when a local file has another size by now."""
-    if is_url(path):
-        with explained(path):
-            # an HTTP server need not know how to jump, so files are streamed from their start; where no size is given
-            # it is asked for first, and every failure to tell it becomes "not found"
-            options = {"block_size": 0, "size": size or 1} if path.startswith("http") else {}
-            return filesystem(path).open(path, "rb", **options)
-    return _open_local(path, size)
+def can_jump(path: str) -> bool:
+    """Whether an input can be read from its middle: a web server need not know how, a store does."""
+    return not is_url(path) or scheme_of(path) in _EXTRAS
+
+
+def open_input(path: str, size: int | None, block: int = BLOCK) -> BinaryIO:
+    """The bytes of an input, to be read from the start. Raises DataError when it has another size by now.
+
+    block: bytes that are asked of a store at a time.
+    """
+    if not is_url(path):
+        return _open_local(path, size)
+    with explained(path):
+        if can_jump(path):
+            file: BinaryIO = filesystem(path).open(path, "rb", block_size=block)
+            return _unchanged(file, path, getattr(file, "size", None), size)
+        # files are streamed from their start; where no size is given it is asked for first, and every failure to tell
+        # it becomes "not found"
+        return filesystem(path).open(path, "rb", block_size=0, size=size or 1)
 
 
 def open_seekable(path: str, size: int | None) -> BinaryIO:
@@ -208,11 +221,14 @@ def _near(missing: Path) -> str:
 def _open_local(path: str, size: int | None) -> BinaryIO:
     with explained(path):
         file = open(path, "rb")  # noqa: SIM115 (the caller closes it)
-    found = os.fstat(file.fileno()).st_size
-    if size is not None and found != size:
+    return _unchanged(file, path, os.fstat(file.fileno()).st_size, size)
+
+
+def _unchanged(file: BinaryIO, path: str, found: int | None, size: int | None) -> BinaryIO:
+    if size is not None and found is not None and found != size:
         file.close()
         raise DataError(
-            f"{path} changed while it was being read: {found:,} bytes, {size:,} when the build was planned;"
+            f"{public(path)} changed while it was being read: {found:,} bytes, {size:,} when the build was planned;"
             " build again when it is finished"
         )
     return file

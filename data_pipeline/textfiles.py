@@ -14,10 +14,11 @@ from typing import Any, BinaryIO
 
 from configs.errors import DataError
 from data_pipeline.documents import MAX_DOCUMENT, MAX_TEXT, Document, Part, document, json_document
-from data_pipeline.places import Input, is_url, open_input, open_seekable, public, suffix_of
+from data_pipeline.places import Input, can_jump, is_url, open_input, open_seekable, public, suffix_of
 from data_pipeline.tartext import tar_documents
 
 CHUNK = 1 << 20
+_LOOK = 64 << 10  # what is read at a time of a file in a store to find where a document ends
 PARQUET_ROWS = 256
 _BOM = b"\xef\xbb\xbf"
 _COMPRESSED = {".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}
@@ -43,9 +44,9 @@ def parts_of(found: Input, slice_bytes: int, field: str, separator: str | None) 
             f"{public(found.path)} has {expected:,} bytes and is one document, which may have {MAX_TEXT:,};"
             " set the source's `separator` to the text that divides its documents"
         )
-    if mark is None or is_url(found.path) or expected <= slice_bytes:
+    if mark is None or not can_jump(found.path) or expected <= slice_bytes:
         return [whole]
-    starts = _even_starts(found.path, expected, slice_bytes, mark)
+    starts = _even_starts(found, expected, slice_bytes, mark)
     return [replace(whole, begin=a, end=b, text_bytes=b - a) for a, b in zip(starts, [*starts[1:], expected])]
 
 
@@ -69,15 +70,49 @@ def read_part(part: Part, field: str, separator: str | None) -> Iterator[Documen
             yield document(part.name, content.removeprefix(_BOM))
 
 
-def _even_starts(path: str, size: int, slice_bytes: int, mark: bytes) -> list[int]:
+def _even_starts(found: Input, size: int, slice_bytes: int, mark: bytes) -> list[int]:
     """Where documents begin, about every `slice_bytes`."""
     count = -(-size // slice_bytes)
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open_input(found.path, found.size, _LOOK))
+        data: mmap.mmap | _Far = (
+            _Far(file, size)
+            if is_url(found.path)
+            else stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        )
         starts = {_next_start(data, mark, size * number // count) for number in range(1, count)}
     return [0, *sorted(starts - {0, size})]
 
 
-def _next_start(data: mmap.mmap, mark: bytes, at: int) -> int:
+class _Far:
+    """What is asked of a memory map to find a mark, for a file in a store: read from where it is asked, no further."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file, self._size = file, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def find(self, mark: bytes, start: int) -> int:
+        """As of bytes."""
+        while start < self._size:
+            piece = self._read(start, start + _LOOK + len(mark) - 1)
+            if (found := piece.find(mark)) >= 0:
+                return start + found
+            start += _LOOK
+        return -1
+
+    def rfind(self, mark: bytes, start: int, end: int) -> int:
+        """As of bytes."""
+        found = self._read(start, end).rfind(mark)
+        return found if found < 0 else start + found
+
+    def _read(self, start: int, end: int) -> bytes:
+        self._file.seek(start)
+        return self._file.read(min(end, self._size) - start)
+
+
+def _next_start(data: mmap.mmap | _Far, mark: bytes, at: int) -> int:
     """The first document that begins at or after `at`, as whoever reads from the start of the file would find it."""
     size = len(mark)
     found = data.find(mark, max(0, at - size))
