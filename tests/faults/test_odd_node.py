@@ -133,3 +133,18 @@ def test_a_job_with_an_odd_node_stops_before_any_rank_starts(cluster, tiny, tmp_
     told = leviathan("why", run.path, env=cluster.env)
     assert "node n2 has code" in told.out
     assert "--exclude" in told.out
+
+
+def test_a_node_whose_datagrams_do_not_arrive_is_named(tiny):
+    rule = ["ip", "rule", "add", "ipproto", "udp", "dport", "1024-65534", "blackhole"]
+    with MiniSlurm(2, apart=True) as cluster:
+        subprocess.run(cluster.network.inside(2, rule), check=True, timeout=20)
+        done = leviathan("submit", "slurm", tiny, "--nodes", 2, "--ranks", 2, env=cluster.env)
+        assert done.code == 0, done.err
+        run = RunFolder(tiny.parent / "runs" / "tiny")
+        job = run.facts()["job"]["slurm"]
+        wait_until(lambda: cluster.state(job) == "FAILED", seconds=120)
+        assert cluster.exit_code(job) == "78:0"
+    (warning,) = events(run, "warning")
+    assert warning == "node n2 cannot send datagrams (UDP) to n1, which watches over the run; open the firewall"
+    assert not events(run, "launch")
