@@ -6,6 +6,7 @@ the other nodes cannot reach. A route always exists, or the job could not run.
 
 from __future__ import annotations
 
+import errno
 import socket
 
 import psutil
@@ -46,7 +47,12 @@ def interface_towards(address: str) -> str:
 
 
 def free_port(host: str) -> int:
-    """A port that nobody has at one of this host's own addresses."""
+    """A port that nobody has at an address of this host's own; for another host's, one that nobody has here."""
     with socket.socket(family_of(host), socket.SOCK_STREAM) as probe:
-        probe.bind((host, 0))
+        try:
+            probe.bind((host, 0))
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            probe.bind(("", 0))
         return int(probe.getsockname()[1])

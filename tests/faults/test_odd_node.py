@@ -135,10 +135,12 @@ def test_a_job_with_an_odd_node_stops_before_any_rank_starts(cluster, tiny, tmp_
     assert "--exclude" in told.out
 
 
-def test_a_node_whose_datagrams_do_not_arrive_is_named(tiny):
+def test_a_node_whose_datagrams_do_not_arrive_is_named_in_a_job_and_not_from_a_login_node(tiny, tmp_path):
     rule = ["ip", "rule", "add", "ipproto", "udp", "dport", "1024-65534", "blackhole"]
     with MiniSlurm(2, apart=True) as cluster:
         subprocess.run(cluster.network.inside(2, rule), check=True, timeout=20)
+        fit = doctor(cluster, tmp_path)
+        assert fit.returncode == 0, fit.stdout + fit.stderr
         done = leviathan("submit", "slurm", tiny, "--nodes", 2, "--ranks", 2, env=cluster.env)
         assert done.code == 0, done.err
         run = RunFolder(tiny.parent / "runs" / "tiny")

@@ -29,6 +29,11 @@ def test_a_name_that_resolves_to_nothing_is_told():
         own_address_towards("no-such-node.invalid")
 
 
+def test_a_port_for_another_host_is_one_that_nobody_has_here():
+    with socket.socket() as taken:
+        taken.bind(("", free_port("203.0.113.7")))
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 def test_a_free_port_can_be_taken(host):
     with socket.socket(family_of(host), socket.SOCK_STREAM) as taken:
