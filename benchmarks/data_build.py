@@ -1,70 +1,123 @@
 """`python -m benchmarks data --build`: text to shards, by one process, by two, and by a Ray cluster of the same cores.
 
-Wall time, since the arms are processes; what each takes to start is measured apart. Every arm makes the same bytes.
+Wall time, for the arms are processes, so the machine must be idle; its load is printed. Before the clock runs, every
+worker has done a task beside all the others, and has built shards; how long that took is printed and not counted. The
+arms take turns, the order turned round each time, and all of them make the same bytes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
 import tempfile
 import time
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.common import Table, interval
 from data_pipeline.build import build
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.corpora import plan, read
+from data_pipeline.duplicates import repeated
 from data_pipeline.on_ray import ray_executor
 from data_pipeline.pool import executor_of
 
 WORKERS = 2
-_FILE_BYTES = 4 << 20
+SHARD_MIB = 8
+"""Small, so that no worker has to wait long for the last slice: about 4 MiB of text a shard, 50 slices of 200 MiB."""
+_FILE_BYTES = 32 << 20
+_MEET_S = 180.0
+_HASHES = 2_000_000
 Arm = Callable[[], AbstractContextManager[Executor]]
-ARMS: dict[str, tuple[int, Arm]] = {
-    "one process": (1, lambda: executor_of(1)),
-    "two processes": (WORKERS, lambda: executor_of(WORKERS)),
-    "Ray": (2 * WORKERS, lambda: ray_executor("local", WORKERS)),
+ARMS: dict[str, tuple[int, int, Arm]] = {
+    "one process": (1, 1, lambda: executor_of(1)),
+    "two processes": (WORKERS, 2 * WORKERS, lambda: executor_of(WORKERS)),
+    "Ray": (WORKERS, 2 * WORKERS, lambda: ray_executor("local", WORKERS)),
 }
-"""How many tasks are under way, and who works."""
+"""How many workers there are, how many tasks are under way, and who works."""
 
 
 def run_build(mib: float, rounds: int) -> Table:
     """Build `mib` of text with every arm in turn, and return the table."""
     table = Table(f"building shards from {mib:.0f} MiB of text, byte tokenizer, duplicates kept, wall time")
-    with tempfile.TemporaryDirectory() as name:
-        _write_text(Path(name) / "text", int(mib * (1 << 20)))
-        source = SourceConfig(path=str(Path(name) / "text"))
-        seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-        started: dict[str, list[float]] = {arm: [] for arm in ARMS}
-        made: set[str] = set()
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    started: dict[str, float] = {}
+    made: set[str] = set()
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        _write_text(folder / "little", 8 * SHARD_MIB << 20)
+        _write_text(folder / "text", int(mib * (1 << 20)))
+        executors = {}
+        for arm, (workers, in_flight, executor) in ARMS.items():
+            began = time.perf_counter()
+            executors[arm] = stack.enter_context(executor())
+            _meet(executors[arm], folder / f"meet {arm}", workers)
+            _timed(folder / "little", folder / f"little {arm}", in_flight, executors[arm])
+            started[arm] = time.perf_counter() - began
         for number in range(rounds):
-            for arm, (in_flight, executor) in ARMS.items():
-                out = Path(name) / f"{arm}-{number}".replace(" ", "_")
-                data = DataConfig(dir=str(out), sources={"text": source}, duplicates="keep", heldout=0.0, shard_mib=16)
-                began = time.perf_counter()
-                with executor() as workers:
-                    for future in [workers.submit(_nothing) for _ in range(4 * WORKERS)]:
-                        future.result()
-                    started[arm].append(time.perf_counter() - began)
-                    began = time.perf_counter()
-                    made.add(build(data, out, workers=in_flight, executor=workers).fingerprint)
-                    seconds[arm].append(time.perf_counter() - began)
-        assert len(made) == 1, "all arms must make the same shards"
+            for arm in list(ARMS) if number % 2 == 0 else list(reversed(ARMS)):
+                took, fingerprint = _timed(
+                    folder / "text", folder / f"{arm} {number}", ARMS[arm][1], executors[arm]
+                )  # fmt: skip
+                seconds[arm].append(took)
+                made.add(fingerprint)
+    assert len(made) == 1, "all arms must make the same shards"
     for arm, times in seconds.items():
         rate = interval([mib / took for took in times])
-        table.add(arm, rate.median, "MiB/s", spread=rate, note=f"(start-up {min(started[arm]):.1f} s, not counted)")
+        table.add(arm, rate.median, "MiB/s", spread=rate, note=f"(start-up {started[arm]:.1f} s, not counted)")
     for arm, other, goal in (("two processes", "one process", 1.8), ("Ray", "two processes", 0.9)):
         ratio = interval([b / a for a, b in zip(seconds[arm], seconds[other])])
         table.add(f"{arm} / {other}", ratio.median, "x", goal=goal, sense=">=", spread=ratio)
+    table.add("memory to find duplicates, a document", _bytes_a_document(), "B", note="(where the build was begun)")
     return table
 
 
-def _nothing() -> None:
-    """Makes a worker start, and import what it needs."""
-    import data_pipeline.tasks  # noqa: F401
+def _timed(text: Path, out: Path, in_flight: int, executor: Executor) -> tuple[float, str]:
+    """Seconds of a build, and the fingerprint of what it made."""
+    source = SourceConfig(path=str(text))
+    data = DataConfig(dir=str(out), sources={"text": source}, duplicates="keep", heldout=0.0, shard_mib=SHARD_MIB)
+    # what earlier builds wrote must not be on its way to the disk while this one is measured
+    os.sync()
+    began = time.perf_counter()
+    made = build(data, out, workers=in_flight, executor=executor)
+    took = time.perf_counter() - began
+    for path in out.glob("*.tar"):
+        path.unlink()
+    return took, made.fingerprint
+
+
+def _meet(executor: Executor, folder: Path, workers: int) -> None:
+    """Return when so many workers have been at work at the same time."""
+    folder.mkdir()
+    for future in [executor.submit(_wait_for_others, str(folder), workers) for _ in range(workers)]:
+        future.result()
+
+
+def _wait_for_others(folder: str, workers: int) -> None:
+    Path(folder, str(os.getpid())).touch()
+    deadline = time.monotonic() + _MEET_S
+    while len(os.listdir(folder)) < workers:
+        assert time.monotonic() < deadline, f"{workers} workers did not start within {_MEET_S:.0f} s"
+        time.sleep(0.01)
+
+
+def _bytes_a_document() -> float:
+    """The most memory that finding exact duplicates takes, with one document in ten there before."""
+    draw = np.random.default_rng(0)
+    hashes = draw.integers(0, 2**64, (_HASHES, 2), dtype=np.uint64)
+    hashes[::10] = hashes[1::10]
+    tracemalloc.start()
+    repeated([part.copy() for part in np.array_split(hashes, 100)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak / _HASHES
 
 
 def _write_text(folder: Path, size: int) -> None:
@@ -72,12 +125,11 @@ def _write_text(folder: Path, size: int) -> None:
     folder.mkdir()
     documents = [d.text for part in plan("text", SourceConfig(path="stdlib"), _FILE_BYTES).slices for d in read(part)]
     written, number, lines, held = 0, 0, list[str](), 0
-    while written < size:
-        for text in documents:
-            lines.append(json.dumps({"text": text}))
-            held += len(text)
-            if held >= _FILE_BYTES or written + held >= size:
-                (folder / f"{number:05d}.jsonl").write_text("\n".join(lines) + "\n")
-                written, number, lines, held = written + held, number + 1, [], 0
-            if written >= size:
-                return
+    for text in itertools.cycle(documents):
+        lines.append(json.dumps({"text": text}))
+        held += len(text)
+        if held >= _FILE_BYTES or written + held >= size:
+            (folder / f"{number:05d}.jsonl").write_text("\n".join(lines) + "\n")
+            written, number, lines, held = written + held, number + 1, [], 0
+        if written >= size:
+            return

@@ -100,7 +100,9 @@ def build(
             return finished
         try:
             with executor_of(workers) if executor is None else nullcontext(executor) as pool:
-                made = _Build(data, output, plans, pool, workers, progress).run()
+                # a task that waits behind each one at work, so that no process of ours ever does
+                in_flight = 2 * workers if executor is None and workers > 1 else workers
+                made = _Build(data, output, plans, pool, in_flight, progress).run()
         finally:
             output.sweep()
         # far away nothing keeps others out, and who was told to rebuild may have taken the folder meanwhile

@@ -108,7 +108,8 @@ class Manifest:
 
 def make(tokenizer: TokenizerInfo, shards: list[ShardInfo], sources: dict[str, dict[str, Any]]) -> Manifest:
     """A manifest of `shards`, in the order given."""
-    table = pa.table({name: [getattr(s, name) for s in shards] for name in SCHEMA.names}, schema=SCHEMA)
+    # pa.table would ask whether this is of pandas, and import it to know: a second of every build
+    table = pa.Table.from_pydict({name: [getattr(s, name) for s in shards] for name in SCHEMA.names}, schema=SCHEMA)
     return Manifest(tokenizer, table, sources, fingerprint(tokenizer, table))
 
 

@@ -31,13 +31,14 @@ class RayTasks(Executor):
 
     def __init__(self, ray: Any) -> None:
         self._ray, self._refs = ray, set[Any]()
+        # made once: every remote function that is made is sent to the cluster anew
+        self._there = ray.remote(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="SPREAD")(_there)
         self.nodes = sum(node["Alive"] for node in ray.nodes())
         self.cores = int(ray.cluster_resources().get("CPU", 1))
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         """The future of fn(*args, **kwargs) on some node; it fails with BrokenExecutor where no node could do it."""
-        options = {"num_cpus": 1, "max_retries": _RETRIES, "scheduling_strategy": "SPREAD", "name": _name(args)}
-        ref = self._ray.remote(_there).options(**options).remote(os.getcwd(), fn, args, kwargs)
+        ref = self._there.options(name=_name(args)).remote(os.getcwd(), fn, args, kwargs)
         self._refs.add(ref)
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()
@@ -124,7 +125,8 @@ def import_ray() -> Any:
 
 def _there(folder: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """fn(*args, **kwargs) on a node, where relative paths mean what they mean to whoever builds."""
-    os.chdir(folder)
+    with contextlib.suppress(OSError):  # what reads and writes in stores needs no folder that all nodes see
+        os.chdir(folder)
     return fn(*args, **kwargs)
 
 
