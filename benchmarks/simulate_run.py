@@ -16,6 +16,8 @@ from benchmarks.simulate import Clock, Door, Gate, Process, Rounds, Shared, Use
 
 BLOCK = 1 << 20
 """Bytes of a shard that are read and checked at once (data_pipeline/shards.py)."""
+SHARED_LOOKS = False
+"""Whether ranks share the look at all shards' sizes, or each looks at all (data_pipeline/dataset.py)."""
 NOTE_WAIT_S = 0.02
 """Rank 0 looks so often whether all notes of a checkpoint are there (pretrain/checkpoint.py)."""
 
@@ -63,7 +65,7 @@ class Machine:
 @dataclass(frozen=True)
 class Job:
     """What is run. rows: of a rank in a step. row_bytes: of its tokens on disk. window: bytes of the shards that are
-    shuffled together. shared_looks: whether ranks share the look at all shards' sizes, or each looks at all."""
+    shuffled together. state_bytes: of all ranks together."""
 
     ranks: int
     shards: int
@@ -71,10 +73,10 @@ class Job:
     row_bytes: float
     window: float
     sources: int
-    state_bytes: float  # of all ranks together
+    state_bytes: float
     steps: int = 12
     save_at: int = 6
-    shared_looks: bool = False
+    shared_looks: bool = SHARED_LOOKS
     resumes: bool = False
 
 
@@ -197,10 +199,11 @@ class Run:
         return read
 
     def _restore(self, cores: Shared) -> Process:
-        """A rank hashes its share of the files, looks at the size of each, opens each, and reads what is its own."""
+        """A rank looks at the size of every file, hashes its share of them, opens every one to know what is in it, and
+        reads what is its own."""
         job, m = self.job, self.machine
         share = job.state_bytes / job.ranks
-        yield Use(self._looks, 3.0 * job.ranks)
+        yield Use(self._looks, 2.0 * job.ranks)
         yield Use(self._read, 2 * share)
         yield Use(cores, m.save_core_s * share)
         yield self._rounds.gate(-2)
