@@ -225,7 +225,7 @@ def submit_slurm(
     without: Without = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train in a Slurm job, queued again before its time is over; an ensemble is a graph of jobs."""
+    """Train in a Slurm job, queued again before its time is over; sweep.KEY=A,B,C is a job for each value."""
     from launcher.submit import Asked
     from launcher.submit import submit_slurm as submit_run
 

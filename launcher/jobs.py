@@ -10,6 +10,10 @@ from launcher.ray_jobs import RayJobs
 from pretrain.run_folder import RunFolder
 
 
+class InQueueError(ConfigError):
+    """The run is in a queue already, or at work."""
+
+
 class Job(Protocol):
     """A job as its queue sees it, and for people in one line."""
 
@@ -46,10 +50,10 @@ def queued(folder: RunFolder) -> Job | None:
 
 
 def check_not_queued(folder: RunFolder) -> None:
-    """Raises ConfigError where a run's job still waits or runs."""
+    """Raises InQueueError where a run's job still waits or runs."""
     job = queued(folder)
     if job is not None:
-        raise ConfigError(
+        raise InQueueError(
             f"run {folder.name} is {str(job).split(':')[0]} already ({job.state}); follow it with `leviathan status"
             f" {folder.name}`, or end it with `leviathan stop {folder.name}`"
         )

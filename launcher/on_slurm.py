@@ -69,10 +69,11 @@ class SlurmTeam(Team):
 
     @property
     def start_of_job(self) -> tuple[str, int]:
+        """Slurm counts how often it has queued a job again."""
         return f"slurm {self._job}", 1 + int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
     def missing(self) -> str | None:
-        # Slurm takes a dead node for alive for minutes, and `srun` fails there
+        """Nodes that do not answer: Slurm takes a dead one for alive for minutes, and `srun` fails there."""
         gone = self._gone()
         return f"node {', '.join(gone)} does not answer" if gone else None
 
@@ -269,7 +270,7 @@ def main(arguments: list[str]) -> int:
             team.preflight()
         code = supervisor.run()
         if code == PREEMPTED and supervisor.asked == signal.SIGUSR1:
-            code = _queue_again(folder, launch, job)
+            code = queue_again(folder, launch, job)
         return code
     except LeviathanError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -277,7 +278,8 @@ def main(arguments: list[str]) -> int:
         return error.exit_code
 
 
-def _queue_again(folder: RunFolder, launch: LaunchConfig, job: str) -> int:
+def queue_again(folder: RunFolder, launch: LaunchConfig, job: str) -> int:
+    """Put this job, whose run has saved, into the queue again, unless that was enough; return its exit code."""
     step, reason = max(folder.committed_steps(), default=0), may_requeue(folder.history(), launch.slurm.requeues)
     if reason is not None:
         folder.event("stop", f"stopped: {reason}", code=CANNOT_GO_ON, step=step)

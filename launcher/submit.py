@@ -18,9 +18,11 @@ from configs.errors import ConfigError, UsageError
 from data_pipeline.files import write_whole
 from launcher import slurm
 from launcher.config import LaunchConfig, SlurmConfig, one_word
-from launcher.jobs import check_not_queued
+from launcher.jobs import InQueueError, check_not_queued
 from launcher.prepare import Prepared, prepare, resolve, run_folder
 from launcher.snapshot import ROOT, code_name, keep_code
+from launcher.submit_ray import write_script
+from launcher.sweep import runs_of, split
 from pretrain.run_folder import RunFolder
 
 TEMPLATES = ROOT / "slurm"
@@ -44,7 +46,23 @@ class Asked:
 
 
 def submit_slurm(files: Sequence[str], words: Sequence[str], asked: Asked, *, dry_run: bool) -> None:
-    """Submit a run, or print the script. Raises ConfigError where the run waits or runs already."""
+    """Submit a run, or one for each value of a sweep, or print the scripts.
+
+    Raises ConfigError where the run waits or runs already; a sweep passes over such a one.
+    """
+    words, sweeps = split(words)
+    if not sweeps:
+        _submit(files, words, asked, dry_run=dry_run)
+        return
+    terminal = Terminal(highlight=False)
+    for chosen in runs_of(files, words, sweeps):
+        try:
+            _submit(files, [*words, *chosen], asked, dry_run=dry_run)
+        except InQueueError as error:
+            terminal.print(str(error), soft_wrap=True)
+
+
+def _submit(files: Sequence[str], words: Sequence[str], asked: Asked, *, dry_run: bool) -> None:
     os.umask(0o077)  # a run is its owner's alone
     strange = [job for job in asked.after if not job.isdigit()]
     if strange:
@@ -79,6 +97,8 @@ def queue(run: Prepared, after: Sequence[str] = ()) -> str:
     """Write the script of a run that is ready into its folder, and submit it; return the job's number."""
     script = run.folder.path / "job.sbatch"
     write_whole(script, render(run.folder, run.launch, keep_code(run.folder.path)).encode())
+    if run.launch.slurm.ray:
+        write_script(run)
     dependency = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
     number = slurm.submit(str(script), dependency)
     run.folder.set_facts(job={"slurm": number, "submitted": time.time()}, verb="submit slurm")
@@ -97,7 +117,8 @@ def render(folder: RunFolder, launch: LaunchConfig, code: Path) -> str:
     env_file = None if asks.env_file is None else Path(asks.env_file).expanduser().resolve()
     if env_file is not None and not env_file.is_file():
         raise ConfigError(f"launch.slurm.env_file: there is no file {env_file}; write it, or leave env_file empty")
-    words = [asks.python or sys.executable, "-P", "-m", "launcher.on_slurm", str(path)]
+    module = "launcher.ray_on_slurm" if asks.ray else "launcher.on_slurm"
+    words = [asks.python or sys.executable, "-P", "-m", module, str(path)]
     return environment.get_template("job.sbatch").render(
         options=_options(folder, launch), cwd=str(Path.cwd()), env_file=None if env_file is None else str(env_file),
         code=str(code.resolve()), words=words,

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from pretrain.run_folder import RunFolder
-from tests.conftest import events, leviathan, wait_until
+from tests.conftest import events, leviathan, losses, wait_until
 from tests.mini_slurm import MiniSlurm, missing
 from tests.small_ensemble import write_ensemble
 from tests.small_job import JOB_S, QUICK, TWO, assert_same, output_of, processes_of, submit, until_over
@@ -110,6 +110,23 @@ def test_a_run_that_waits_or_runs_is_not_submitted_twice(cluster, tiny):
     assert again.err.startswith(f"error: run tiny is Slurm job {job} already (PENDING)")
     assert taken.code == 0, taken.err
     assert cluster.state(job) == "CANCELLED"
+
+
+def test_a_sweep_is_a_run_for_each_value_and_asked_again_passes_over_those_that_wait(cluster, tiny):
+    words = ("submit", "slurm", tiny, *TWO, QUICK, "launch.slurm.extra=[--hold]", "sweep.optim.lr=1e-3,5e-3")
+    done = leviathan(*words, env=cluster.env)
+    assert done.code == 0, done.err
+    runs = [RunFolder(tiny.parent / "runs" / f"tiny-lr-{value}") for value in ("1e-3", "5e-3")]
+    jobs = [run.facts()["job"]["slurm"] for run in runs]
+    again = leviathan(*words, env=cluster.env)
+    assert again.code == 0, again.err
+    assert again.out.count("already (PENDING)") == 2
+    assert [run.facts()["job"]["slurm"] for run in runs] == jobs
+    cluster.run("scontrol", "release", ",".join(jobs))
+    assert [until_over(cluster, job) for job in jobs] == ["COMPLETED"] * 2
+    first, second = (losses(run) for run in runs)
+    assert first[1] == second[1], "the same model on the same rows"
+    assert first[20] != second[20], "at another rate"
 
 
 def test_code_that_was_changed_after_submission_does_not_run(cluster, tiny):
