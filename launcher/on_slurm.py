@@ -81,13 +81,16 @@ class SlurmTeam(Team):
         with ThreadPoolExecutor(_CALLS) as pool:
             return [node.name for node, there in zip(self._nodes, pool.map(slurm.answers, self._nodes)) if not there]
 
+    def _unanswered(self) -> list[preflight.Finding]:
+        message = f"does not answer {socket.gethostname()}, from where `srun` is to start ranks there"
+        return [preflight.Finding(host, message, True) for host in self._gone()]
+
     def measure(self) -> tuple[list[preflight.Report], list[preflight.Finding]]:
         """What every node finds of itself and of its way to the others, and what is wrong with which."""
         hosts, each = self._hosts, 1
-        gone = self._gone()
+        gone = self._unanswered()
         if gone:  # `srun` would end the others too, and all would look alike
-            message = f"does not answer {hosts[0]}, which is to start the ranks there"
-            return [], [preflight.Finding(host, message, True) for host in gone]
+            return [], gone
         shutil.rmtree(preflight.folder_of(self.folder), ignore_errors=True)
         for number in range(len(hosts)):
             preflight.log_of(self.folder, number).unlink(missing_ok=True)
@@ -108,7 +111,9 @@ class SlurmTeam(Team):
             raise ConfigError(f"nothing was started on any node ({refusal.splitlines()[-1]}); ask for what srun lacks")
         print(refusal, end="\n" if refusal else "", file=sys.stderr, flush=True)
         reports, findings = preflight.collect(self.folder, hosts)
-        findings += preflight.judge(reports, silent=bool(findings))
+        findings += self._unanswered()  # who died meanwhile
+        waited = preflight.kept_waiting(self.folder) if reports else False
+        findings += preflight.judge(reports, bool(findings), waited)
         # a login node, with a firewall around it, will not be who watches
         if "SLURMD_NODENAME" in os.environ:
             heard = {hosts[number] for number, beat in self._beacons.beats().items() if beat is not None}

@@ -105,8 +105,16 @@ def settle(run: RunFolder, reports: Sequence[Report], findings: Sequence[Finding
     run.event("preflight", summary(reports), nodes=reports)
 
 
-def judge(reports: Sequence[Report], silent: bool = False) -> list[Finding]:
-    """What is wrong with which node. silent: there are nodes that did not report."""
+def kept_waiting(run: RunFolder) -> bool:
+    """Whether nodes were ended for having waited too long after another had left."""
+    now = folder_of(run) / "end"
+    now.touch()
+    newest = max((path.stat().st_mtime for path in folder_of(run).glob("*.json")), default=0.0)
+    return now.stat().st_mtime - newest > WAIT_S / 2
+
+
+def judge(reports: Sequence[Report], silent: bool = False, waited: bool = False) -> list[Finding]:
+    """What is wrong with which node. silent: some did not report. waited: some were ended while they waited."""
     findings = []
     for key, what in MUST_AGREE.items():
         values = Counter(str(report[key]) for report in reports)
@@ -124,7 +132,9 @@ def judge(reports: Sequence[Report], silent: bool = False) -> list[Finding]:
             findings.append(Finding(node, message, False))
     # who waited in vain for another is not to blame
     ended = [report for report in reports if report.get("error") == ENDED]
-    lost = [] if silent else ended or [report for report in reports if report.get("error")]
+    failed = [report for report in reports if report.get("error") not in (None, ENDED)]
+    first, second = (failed, ended) if waited else (ended, failed)
+    lost = [] if silent else first or second
     findings += [Finding(report["node"], report["error"], True) for report in lost]
     findings += _slower(reports, "flops", "matrix products", "FLOP/s", slow_is_less=True)
     findings += _slower(reports, "fsync_s", "a durable write", "s", slow_is_less=False)

@@ -110,6 +110,10 @@ class Network:
         """Plug it in again."""
         _ip("link", "set", self._cable(number), "up")
 
+    def part(self, number: int, other: int) -> None:
+        """Let one node not reach another, while all else works."""
+        _ip("-n", self._space(number), "route", "add", "blackhole", f"{self.address(other)}/32")
+
     def _build(self) -> None:
         _ip("link", "add", self._bridge, "type", "bridge")
         _ip("addr", "add", f"{self.address()}/24", "dev", self._bridge)

@@ -116,10 +116,21 @@ def test_a_node_that_is_cut_off_is_named_before_the_run_begins(tiny):
         assert until_over(cluster, job) == "FAILED", output_of(run, job)
         assert cluster.exit_code(job) == "78:0"
     (stop,) = events(run, "stop")
-    assert "node n3" in stop
+    assert "node n3 does not answer n1" in stop
     assert "exclude it" in stop
     assert "node n1" not in stop and "node n2" not in stop
     assert not events(run, "launch")
+
+
+def test_a_node_that_does_not_reach_another_is_named_and_those_that_waited_for_it_are_not(tiny):
+    with MiniSlurm(3, apart=True) as cluster:
+        cluster.network.part(3, 2)
+        run, job = submit(cluster, tiny, "--nodes", 3, "--ranks", 3, "train.batch_rows=12")
+        assert until_over(cluster, job) == "FAILED", output_of(run, job)
+        assert cluster.exit_code(job) == "78:0"
+    (stop,) = events(run, "stop")
+    assert "node n3 cannot speak with the other nodes" in stop
+    assert "node n1" not in stop and "node n2" not in stop
 
 
 STRANGER = """

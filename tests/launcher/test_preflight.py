@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
 from launcher.network import free_port
-from launcher.preflight import ENDED, collect, folder_of, judge, log_of, summary
+from launcher.preflight import ENDED, WAIT_S, collect, folder_of, judge, kept_waiting, log_of, summary
 from pretrain.run_folder import RunFolder
 
 FIT = {
@@ -78,6 +79,24 @@ def test_who_waited_in_vain_for_another_is_not_to_blame():
     assert (finding.host, finding.message) == ("n2", ENDED)
     both = judge([FIT | waited | {"node": node} for node in ("n1", "n2")])
     assert [finding.host for finding in both] == ["n1", "n2"]
+
+
+def test_who_was_ended_while_it_waited_is_not_to_blame_either():
+    failed = {"error": "cannot speak with the other nodes: no route", "node": "n2"}
+    (finding,) = judge([FIT | failed, FIT | {"error": ENDED, "node": "n1"}], waited=True)
+    assert (finding.host, finding.message) == ("n2", failed["error"])
+    (finding,) = judge([FIT | {"error": ENDED, "node": "n1"}, FIT | {"node": "n2"}], waited=True)
+    assert finding.host == "n1", "where nobody says why, who is missing is to blame"
+
+
+def test_nodes_were_kept_waiting_if_the_last_of_them_left_long_ago(tmp_path):
+    run = RunFolder(tmp_path)
+    folder_of(run).mkdir()
+    report = folder_of(run) / "00000.json"
+    report.touch()
+    assert not kept_waiting(run)
+    os.utime(report, (time.time() - WAIT_S,) * 2)
+    assert kept_waiting(run)
 
 
 def test_a_node_that_runs_other_code_and_so_reports_other_things_is_named(tmp_path):
