@@ -46,6 +46,7 @@ class SlurmConfig(Config):
     before_limit_s: int = key(
         180, "free", "seconds before the time limit at which a run saves and is queued again", gt=0
     )
+    ray: bool = key(False, "free", "place ranks by a Ray cluster within the job, with what launch.ray says")
     requeues: int = key(100, "free", "how often a job may be queued again", ge=0)
     env_file: str | None = key(None, "free", "a file of shell commands that a job begins with: modules, variables")
     wrapper: tuple[str, ...] = key((), "free", "words before Python on every node, such as of a container")

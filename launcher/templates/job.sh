@@ -1,6 +1,6 @@
 #!/bin/bash
 # Rendered by `leviathan submit ray`: the environment of every process of a run. `job.sh MODULE FOLDER` becomes the module.
-set -eu
+set -e
 # until the process listens: a request to save would kill it, and whoever asks repeats it
 trap '' USR1
 cd -- {{ cwd | sh }}

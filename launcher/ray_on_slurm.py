@@ -1,0 +1,184 @@
+"""A run on a Ray cluster of its own within a Slurm job: one node is its head, the others join, this step drives.
+
+`python -m launcher.ray_on_slurm FOLDER` is what the batch script becomes where launch.slurm.ray is set. Who mends what:
+Ray Train starts ranks again within the allocation (launcher/on_ray.py); Slurm queues the job again when a node dies;
+before a time limit the run saves and the job is queued again, as without Ray. The cluster takes work from whoever has
+the job's own token, has no dashboard, and ends with the job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from configs.errors import PREEMPTED, ConfigError, LeviathanError
+from configs.load import load
+from launcher import slurm
+from launcher.config import LaunchConfig
+from launcher.network import free_port
+from launcher.on_slurm import queue_again
+from launcher.ray_jobs import SCRIPT
+from launcher.snapshot import ROOT, check_code
+from launcher.supervise import REQUESTS
+from pretrain.run_folder import RunFolder
+
+_UP_S, _DOWN_S, _POLL_S = 120.0, 10.0, 0.5
+_OBJECTS_BYTES = 100 << 20
+"""Ray's own store of objects: what it carries here are a few sentences."""
+
+
+class _Cluster:
+    """The nodes of this job as a Ray cluster."""
+
+    def __init__(self, folder: RunFolder, launch: LaunchConfig, job: str) -> None:
+        self._folder, self._launch, self._job = folder, launch, job
+        self._nodes = slurm.nodes(os.environ["SLURM_JOB_NODELIST"])
+        self._token = folder.path / "ray.token"
+        self._steps: list[subprocess.Popen[bytes]] = []
+        address = self._nodes[0].address
+        self.address = f"{address}:{free_port(address)}"
+
+    def up(self) -> dict[str, str]:
+        """Start head and workers; return what the environment of a driver needs. Raises LeviathanError."""
+        self._token.unlink(missing_ok=True)
+        self._token.touch(mode=0o600)
+        self._token.write_text(secrets.token_hex(32))
+        environment = {
+            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self._token), "RAY_ADDRESS": self.address,
+            "RAY_enable_metrics_collection": "0",
+        }  # fmt: skip
+        head, others = self._nodes[0], self._nodes[1:]
+        host, _, port = self.address.rpartition(":")
+        self._srun(environment, [head], "head", f"--node-ip-address={host}", f"--port={port}", "--head",
+                   "--include-dashboard=false")  # fmt: skip
+        self._wait(environment)
+        if others:
+            self._srun(environment, others, "workers", f"--address={self.address}")
+        return environment
+
+    def down(self) -> None:
+        """End every process of the cluster."""
+        with contextlib.suppress(LeviathanError):
+            slurm.kill_steps(self._job, "TERM")
+        end = time.monotonic() + _DOWN_S
+        while time.monotonic() < end and any(step.poll() is None for step in self._steps):
+            time.sleep(_POLL_S)
+        with contextlib.suppress(LeviathanError):
+            slurm.kill_steps(self._job)
+        for step in self._steps:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                step.wait(_DOWN_S)
+        self._token.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Raises LeviathanError where a part of the cluster has ended by itself."""
+        for step in self._steps:
+            if step.poll() is not None:
+                raise LeviathanError(
+                    f"Ray has ended on a node (exit code {step.returncode}); see {self._folder.logs}/ray_*.log"
+                )
+
+    def _srun(self, environment: dict[str, str], nodes: list[slurm.Node], log: str, *words: str) -> None:
+        """`ray start` on nodes, as one step that lives as long as they do."""
+        asks, launch = self._launch.slurm, self._launch
+        cores = launch.ranks // launch.nodes * launch.ray.cpus_per_rank
+        count, names = str(len(nodes)), ",".join(node.name for node in nodes)
+        logs = str(self._folder.logs.resolve()).replace("%", "%%")
+        step = ["srun", "--overlap", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1",
+                f"--nodelist={names}", "--kill-on-bad-exit=0", "--wait=0", "--cpu-bind=none", "--open-mode=append",
+                f"--cpus-per-task={os.environ.get('SLURM_CPUS_ON_NODE', '1')}",
+                f"--output={logs}/ray_{log}_%t.log"]  # fmt: skip
+        ray = str(Path(sys.executable).parent / "ray")
+        start = [ray, "start", *words, f"--num-cpus={max(1, round(cores))}", "--block", "--disable-usage-stats",
+                 f"--object-store-memory={_OBJECTS_BYTES}"]  # fmt: skip
+        if asks.gpus_per_node is not None:
+            start.append(f"--num-gpus={asks.gpus_per_node}")
+        self._steps.append(subprocess.Popen([*step, *asks.wrapper, *start], env=os.environ | environment,
+                                            stdin=subprocess.DEVNULL, start_new_session=True))  # fmt: skip
+
+    def _wait(self, environment: dict[str, str]) -> None:
+        """Until the head answers."""
+        words = [str(Path(sys.executable).parent / "ray"), "health-check", "--address", self.address]
+        end = time.monotonic() + _UP_S
+        while True:
+            self.check()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                done = subprocess.run(words, env=os.environ | environment, stdin=subprocess.DEVNULL,
+                                      capture_output=True, timeout=20, check=False)  # fmt: skip
+                if done.returncode == 0:
+                    return
+            if time.monotonic() > end:
+                raise LeviathanError(
+                    f"the head of the Ray cluster did not come up on {self._nodes[0].name} within {_UP_S:.0f} s; see"
+                    f" {self._folder.logs}/ray_head_0.log"
+                )
+            time.sleep(_POLL_S)
+
+
+class _Driver:
+    """The driver of the run, as a child: requests to stop reach it."""
+
+    def __init__(self) -> None:
+        self.asked: int | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        for number in REQUESTS:
+            signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
+
+    def drive(self, folder: RunFolder, cluster: _Cluster, environment: dict[str, str]) -> int:
+        """The exit code of a run that is driven to its end. Raises LeviathanError where the cluster ends before."""
+        words = ["bash", str(folder.path.resolve() / SCRIPT), "launcher.on_ray", str(folder.path.resolve())]
+        told = {"LEVIATHAN_PARENT": str(os.getpid())}
+        self._process = subprocess.Popen(words, env=os.environ | environment | told, stdin=subprocess.DEVNULL,
+                                         start_new_session=True)  # fmt: skip
+        if self.asked is not None:
+            self._process.send_signal(self.asked)
+        try:
+            while self._process.poll() is None:
+                cluster.check()
+                time.sleep(_POLL_S)
+        finally:
+            self._process.kill()
+            self._process.wait()
+        code = self._process.returncode
+        return code if code >= 0 else 128 - code
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.asked = self.asked or number
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
+
+def main(arguments: list[str]) -> int:
+    """Bring a cluster up, drive the run of a folder on it, end both; return the exit code of the job."""
+    os.umask(0o077)  # a run is its owner's alone
+    folder, job = RunFolder(Path(arguments[0])), slurm.inside()
+    try:
+        if job is None:
+            raise ConfigError("this is no Slurm job; use `leviathan submit slurm`")
+        if ROOT.name.startswith("code-"):
+            check_code(ROOT)
+        launch, driver = load(LaunchConfig, [folder.launch]), _Driver()
+        cluster = _Cluster(folder, launch, job)
+        try:
+            code = driver.drive(folder, cluster, cluster.up())
+        finally:
+            cluster.down()
+        if code == PREEMPTED and driver.asked == signal.SIGUSR1:
+            code = queue_again(folder, launch, job)
+        return code
+    except LeviathanError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        folder.event("stop", f"stopped: {error}", code=error.exit_code, step=max(folder.committed_steps(), default=0))
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,73 @@
+"""Runs on a Ray cluster within a job of a Slurm whose nodes are as far apart as real ones."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import psutil
+import pytest
+
+from tests.conftest import events, wait_until
+from tests.mini_slurm import MiniSlurm, missing
+from tests.small_job import assert_same, output_of, processes_of, submit, until_over
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(400),
+    pytest.mark.skipif(missing() is not None and os.environ.get("SLURM_TESTS") != "required", reason=missing() or ""),
+]
+
+LONGER_S = 60
+"""What a Ray cluster within the job may cost."""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with MiniSlurm(2, apart=True) as slurm:
+        yield slurm
+
+
+def ray_processes():
+    names = ("raylet", "gcs_server", "ray::")
+    return [p.info for p in psutil.process_iter(["name", "cmdline"])
+            if any(word in " ".join([p.info["name"] or "", *(p.info["cmdline"] or [])[:1]]) for word in names)]  # fmt: skip
+
+
+def test_ray_within_a_job_costs_less_than_a_minute_and_leaves_nothing(cluster, tiny, undisturbed):
+    seconds = []
+    for words in ((), ("launch.slurm.ray=true", "run.name=with-ray")):
+        began = time.monotonic()
+        run, job = submit(cluster, tiny, *words)
+        if words:
+            run = type(run)(run.path.parent / "with-ray")
+            job = run.facts()["job"]["slurm"]
+        assert until_over(cluster, job) == "COMPLETED", output_of(run, job)
+        seconds.append(time.monotonic() - began)
+        assert_same(run, undisturbed)
+    assert events(run, "launch")[0].startswith("attempt 0: starting 2 ranks on n1, n2 (Ray job ")
+    assert seconds[1] - seconds[0] <= LONGER_S
+    wait_until(lambda: not ray_processes() and not processes_of(run), seconds=15)
+    assert not (run.path / "ray.token").exists()
+    print(f"plain {seconds[0]:.0f} s, with Ray {seconds[1]:.0f} s")
+
+
+def test_the_exit_code_of_a_run_is_that_of_the_job(cluster, tiny):
+    run, job = submit(cluster, tiny, "launch.slurm.ray=true", "launch.preflight=false", "data.tokenizer=sp:300")
+    assert until_over(cluster, job) == "FAILED"
+    assert cluster.exit_code(job) == "65:0", output_of(run, job)
+    assert cluster.restarts(job) == 0
+    assert not ray_processes()
+
+
+def test_before_its_time_is_over_a_job_with_ray_saves_and_is_queued_again(cluster, tiny, undisturbed):
+    slow = {"LEVIATHAN_FAULT": "step.before_forward:0:12:sleep=6"}
+    run, job = submit(cluster, tiny, "launch.slurm.ray=true", "launch.preflight=false", env=slow)
+    wait_until(lambda: len(run.steps()) >= 12, seconds=150)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    wait_until(lambda: len(events(run, "requeue")) == 1, seconds=60)
+    assert until_over(cluster, job) == "COMPLETED", output_of(run, job)
+    assert cluster.restarts(job) == 1
+    assert_same(run, undisturbed)
+    assert not events(run, "fault")
+    assert not ray_processes()
