@@ -244,18 +244,17 @@ def submit_ray(
     branch: Branch = None,
     allow: Allow = None,
     without: Without = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Stay and show the run until it ends.")] = False,
     dry_run: DryRun = False,
     kuberay: Annotated[bool, typer.Option("--kuberay", help="Print a RayJob for Kubernetes; submit nothing.")] = False,
 ) -> None:
     """Train in a job of a Ray cluster, which mends what nodes and workers it loses; again: attach to that job."""
     from launcher.submit_ray import submit_ray as submit_run
 
-    if sum((follow, dry_run, kuberay)) > 1:
-        raise UsageError("--follow, --dry-run and --kuberay exclude each other; give one of them")
+    if dry_run and kuberay:
+        raise UsageError("--dry-run and --kuberay exclude each other; give one of them")
     files, values = _split(words)
     values += [] if ranks is None else [f"launch.ranks={ranks}"]
-    mode = "follow" if follow else "print" if dry_run else "kuberay" if kuberay else "submit"
+    mode = "print" if dry_run else "kuberay" if kuberay else "submit"
     lists = (branch or [], allow or [], without or [])
     raise typer.Exit(submit_run(files, values, address, *lists, mode=mode))
 

@@ -29,7 +29,7 @@ from launcher.snapshot import ROOT, check_code
 from launcher.supervise import REQUESTS
 from pretrain.run_folder import RunFolder
 
-_UP_S, _DOWN_S, _POLL_S = 120.0, 10.0, 0.5
+_UP_S, _DOWN_S, _POLL_S = 120.0, 10.0, 0.25
 _OBJECTS_BYTES = 100 << 20
 """Ray's own store of objects: what it carries here are a few sentences."""
 
@@ -65,11 +65,7 @@ class _Cluster:
 
     def down(self) -> None:
         """End every process of the cluster."""
-        with contextlib.suppress(LeviathanError):
-            slurm.kill_steps(self._job, "TERM")
-        end = time.monotonic() + _DOWN_S
-        while time.monotonic() < end and any(step.poll() is None for step in self._steps):
-            time.sleep(_POLL_S)
+        # not politely: a node of Ray would wait for work that is no more
         with contextlib.suppress(LeviathanError):
             slurm.kill_steps(self._job)
         for step in self._steps:

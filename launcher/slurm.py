@@ -101,10 +101,10 @@ def steps(number: str) -> list[str]:
     return [step for step in listed.stdout.split() if step.split(".")[-1].isdigit()]
 
 
-def kill_steps(number: str, name: str = "KILL") -> None:
-    """Send a signal, by name, to all that `srun` started within a job; the batch script goes on."""
+def kill_steps(number: str) -> None:
+    """Kill what `srun` started within a job; the batch script goes on."""
     for step in steps(number):
-        _call(["scancel", f"--signal={name}", step])
+        _call(["scancel", "--signal=KILL", step])
 
 
 def hosts(nodes: str) -> list[str]:

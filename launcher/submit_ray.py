@@ -42,7 +42,7 @@ def submit_ray(
 ) -> int:  # fmt: skip
     """Submit a run, or attach to its job where there is one; return the exit code.
 
-    mode: `submit`; `follow` also stays until its end; `print` prints the script, and writes and submits nothing;
+    mode: `submit`; `print` prints the script, and writes and submits nothing;
     `kuberay` makes the run folder ready and prints the manifest of a RayJob.
     """
     os.umask(0o077)  # a run is its owner's alone
@@ -78,7 +78,7 @@ def submit_ray(
     what = "is" if new else "was submitted by somebody else a moment ago as"
     terminal.print(f"run [bold]{folder.name}[/bold] {what} Ray job [bold]{number}[/bold], in {folder.path}")
     terminal.print(f"follow it with leviathan status {folder.name} | leviathan logs {folder.name} -f", soft_wrap=True)
-    if mode == "follow" or not new:
+    if not new:
         return follow(folder, total_steps(config), jobs, number, terminal)
     return 0
 
