@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     parser.add_argument("--shards", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3, help="readings of the manifest")
-    parser.add_argument("--runs", type=int, default=2, help="real runs of each number of ranks")
+    parser.add_argument("--runs", type=int, default=1, help="real runs of each number of ranks")
 
 
 def run(options: argparse.Namespace) -> Table:
