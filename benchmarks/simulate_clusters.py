@@ -1,4 +1,4 @@
-"""Machines that are not at hand, from figures that others have published, each with its source.
+"""Machines that are not at hand, from figures that others have published, each with its source; an assumption is called one.
 
 What no source tells of (what Python's imports cost, a manifest, a hash) is taken from this machine's measurements.
 """
@@ -27,7 +27,8 @@ PUBLISHED_64_TO_512 = 39_837 / 44_402
 # GPUs in 54 days
 STORAGE = 2e12
 MTBF_OF_A_GPU_S = 54 * 86400 * 16384 / 419
-# DGX SuperPOD H100 reference architecture, guidelines for storage ("better"): one node reads 8 GB/s and writes 4 GB/s
+# assumed, for no published figure fits: the DGX SuperPOD H100 reference architecture says that one node can read more
+# than 40 GB/s, which takes what Python's reads are not (GPUDirect)
 NODE_READ, NODE_WRITE = 8e9, 4e9
 # Dell HPC Lustre storage with InfiniBand EDR, mdtest: 12 threads look at 34,000 files a second and make 13,800; 240
 # look at 544,000 and make 29,000
