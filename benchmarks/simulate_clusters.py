@@ -1,6 +1,7 @@
-"""Machines that are not at hand, from figures that others have published, each with its source; an assumption is called one.
+"""Machines that are not at hand, from figures that others have published, each with its source.
 
-What no source tells of (what Python's imports cost, a manifest, a hash) is taken from this machine's measurements.
+What no source tells of (what Python's imports cost, a manifest, a hash) is taken from this machine's measurements;
+what is assumed is called so.
 """
 
 from __future__ import annotations
