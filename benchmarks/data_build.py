@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 import tempfile
 import time
@@ -25,6 +26,7 @@ from benchmarks.common import Table, interval
 from data_pipeline.build import build
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.corpora import plan, read
+from data_pipeline.documents import Slice
 from data_pipeline.duplicates import repeated
 from data_pipeline.on_ray import ray_executor
 from data_pipeline.pool import executor_of
@@ -68,6 +70,7 @@ def run_build(mib: float, rounds: int) -> Table:
                 )  # fmt: skip
                 seconds[arm].append(took)
                 made.add(fingerprint)
+        reading = _read_both_ways(folder / "text", executors["Ray"], rounds)
     assert len(made) == 1, "all arms must make the same shards"
     for arm, times in seconds.items():
         rate = interval([mib / took for took in times])
@@ -75,6 +78,9 @@ def run_build(mib: float, rounds: int) -> Table:
     for arm, other, goal in (("two processes", "one process", 1.8), ("Ray", "two processes", 0.9)):
         ratio = interval([b / a for a, b in zip(seconds[arm], seconds[other])])
         table.add(f"{arm} / {other}", ratio.median, "x", goal=goal, sense=">=", spread=ratio)
+    for way, times in reading.items():
+        rate = interval([mib / took for took in times])
+        table.add(f"reading alone, {way}", rate.median, "MiB/s", spread=rate)
     table.add("memory to find duplicates, a document", _bytes_a_document(), "B", note="(where the build was begun)")
     return table
 
@@ -91,6 +97,38 @@ def _timed(text: Path, out: Path, in_flight: int, executor: Executor) -> tuple[f
     for path in out.glob("*.tar"):
         path.unlink()
     return took, made.fingerprint
+
+
+def _read_both_ways(text: Path, executor: Executor, rounds: int) -> dict[str, list[float]]:
+    """Seconds to read all text on the cluster, in slices: by our tasks, and by Ray Data. The first round warms up."""
+    import ray.data
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    slices = plan("text", SourceConfig(path=str(text)), SHARD_MIB << 19).slices
+
+    def tasks() -> int:
+        return sum(future.result() for future in [executor.submit(_characters, part) for part in slices])
+
+    def ray_data() -> int:
+        rows = ray.data.read_json([str(path) for path in sorted(text.iterdir())]).repartition(len(slices))
+        counts = rows.map_batches(lambda batch: {"count": np.array([sum(map(len, batch["text"]))])}).take_all()
+        return sum(int(row["count"]) for row in counts)
+
+    seconds: dict[str, list[float]] = {"our tasks": [], "Ray Data, repartitioned": []}
+    for number in range(rounds + 1):
+        found = []
+        for way, action in zip(seconds, (tasks, ray_data)):
+            began = time.perf_counter()
+            found.append(action())
+            if number:
+                seconds[way].append(time.perf_counter() - began)
+        assert found[0] == found[1], "both must read the same text"
+    return seconds
+
+
+def _characters(part: Slice) -> int:
+    return sum(len(document.text) for document in read(part))
 
 
 def _meet(executor: Executor, folder: Path, workers: int) -> None:

@@ -143,7 +143,8 @@ def decode(header_bytes: bytes, table_bytes: bytes, where: str) -> Manifest:
             f"{where}/{TABLE} is damaged: {len(table_bytes)} bytes with sha256 {found[:12]}…, the manifest says"
             f" {expected['bytes']} bytes with {expected['sha256'][:12]}…; build or copy the shards again"
         )
-    table = pq.ParquetFile(io.BytesIO(table_bytes)).read().cast(SCHEMA)
+    # not io.BytesIO, which would hand over copies of what is there already
+    table = pq.ParquetFile(pa.BufferReader(table_bytes)).read().cast(SCHEMA)
     strange = table.filter(pc.invert(pc.match_substring_regex(table["name"], _PLAIN_NAME)))
     if len(strange):
         # names become paths, and a manifest may come from anywhere

@@ -40,7 +40,7 @@ _REASONS = {
     "EndpointConnectionError": "no answer",
     "ConnectTimeoutError": "no answer",
     "ClientConnectorError": "no answer",
-    "ConnectionTimeoutError": "no answer",
+    "FSTimeoutError": "no answer",
 }
 _LOCAL_HOSTS = {"localhost", "127.0.0.1", "::1"}
 
@@ -280,7 +280,7 @@ def _options(scheme: str) -> dict[str, Any]:
     if scheme == "gs":
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints a traceback of all that it gives up
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=SILENCE_S)
-        return {"session_kwargs": {"timeout": timeout}}
+        return {"requests_timeout": timeout}
     return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=SILENCE_S)}}
 
 

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import ConfigError, DataError
-from data_pipeline import corpora, documents, embedded, places
+from data_pipeline import corpora, documents, embedded, places, textfiles
 from data_pipeline.config import SourceConfig
 from data_pipeline.documents import Document, Slice
 
@@ -314,6 +314,16 @@ def test_every_document_of_a_text_is_read_once_whatever_the_slices(
     assert [document.name for document in found] == [
         document.name for document in read_all(tmp_path / "a.txt", separator=separator)
     ]
+
+
+@given(st.text("ab\n", max_size=60), st.sampled_from(["\n", "\n\n", "a\na", "aba"]), st.integers(1, 9))
+def test_a_file_in_a_store_is_cut_where_one_here_is(text: str, mark: str, look: int) -> None:
+    content = text.encode()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(textfiles, "_LOOK", look)
+        for at in range(len(content) + 1):
+            far = textfiles._Far(io.BytesIO(content), len(content))
+            assert textfiles._next_start(far, mark.encode(), at) == textfiles._next_start(content, mark.encode(), at)
 
 
 @pytest.mark.parametrize("separator", ["\n", "<|end|>"])

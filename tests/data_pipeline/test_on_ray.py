@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from data_pipeline.files import sha256_file
 from data_pipeline.manifest import TABLE
 from tests.conftest import leviathan, start_leviathan, wait_until
+from tests.data_pipeline import stores
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 
@@ -31,9 +34,16 @@ cluster.shutdown()
 
 
 @pytest.fixture(scope="module")
-def cluster():
+def store():
+    """An S3 for the nodes, which have its keys in their environment as on a real cluster."""
+    with stores.s3() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def cluster(store):
     """A cluster of three nodes with one core each: its address, and a function that kills one of them."""
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    environment = os.environ | store.env | {"RAY_AUTH_MODE": "disabled", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     process = subprocess.Popen([sys.executable, "-c", CLUSTER], env=environment, text=True, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)  # fmt: skip
     assert process.stdout is not None
@@ -75,9 +85,9 @@ def files_of(folder: Path) -> dict[str, str]:
     return {path.name: sha256_file(path) for path in [*sorted(folder.glob("*.tar")), folder / TABLE]}
 
 
-def build(cluster, config, **more):
-    return leviathan("data", "build", config, "--on", "ray", "--address", cluster[0], timeout=200,
-                     env={"RAY_AUTH_MODE": "disabled"}, **more)  # fmt: skip
+def build(cluster, config, *words, env=None):
+    return leviathan("data", "build", config, *words, "--on", "ray", "--address", cluster[0], timeout=200,
+                     env={"RAY_AUTH_MODE": "disabled"} | (env or {}))  # fmt: skip
 
 
 def test_a_build_on_ray_gives_the_same_bytes(cluster, corpus, tmp_path):
@@ -89,6 +99,22 @@ def test_a_build_on_ray_gives_the_same_bytes(cluster, corpus, tmp_path):
     assert files_of(tmp_path / "there") == files_of(tmp_path / "here")
     again = build(cluster, write(tmp_path, corpus, "there"))
     assert again.code == 0
+    assert "these shards were built before" in again.out
+
+
+def test_a_build_on_ray_into_a_store_gives_the_same_bytes(cluster, store, corpus, tmp_path, monkeypatch):
+    here = leviathan("data", "build", write(tmp_path, corpus, "here"))
+    assert here.code == 0, here.err
+    done = build(cluster, write(tmp_path, corpus, "there"), "data.dir=s3://bucket/there", env=store.env)
+    assert done.code == 0, done.err
+    assert "building s3://bucket/there from letters, lists with 3 cores of 3 nodes (Ray)" in done.out
+    for key, value in store.env.items():
+        monkeypatch.setenv(key, value)
+    fs = fsspec.filesystem("s3", skip_instance_cache=True)
+    sent = {key.rpartition("/")[2]: hashlib.sha256(fs.cat_file(key)).hexdigest() for key in fs.ls("bucket/there")
+            if key.endswith((".tar", TABLE))}  # fmt: skip
+    assert sent == files_of(tmp_path / "here")
+    again = build(cluster, write(tmp_path, corpus, "there"), "data.dir=s3://bucket/there", env=store.env)
     assert "these shards were built before" in again.out
 
 
