@@ -7,17 +7,19 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
+from configs.errors import CannotGoOnError
 from launcher.config import LaunchConfig
 from launcher.on_local import LocalTeam, _Rank
 from launcher.supervise import Supervisor
 from pretrain.health import PHASES, heartbeat_file
 from pretrain.run_folder import RunFolder
-from tests.conftest import wait_until
+from tests.conftest import events, wait_until
 
 HANG_S, START_S = 2.0, 60.0
 
@@ -86,3 +88,41 @@ def test_a_stopped_process_is_found_soon_whatever_it_was_doing(run, tmp_path):
 def test_a_rank_that_never_gives_a_sign_of_life_is_found(run, tmp_path):
     assert run._find_hang(time.monotonic() - START_S + 5) is None
     assert "it never began" in run._find_hang(time.monotonic() - START_S - 1).cause
+
+
+class Apart(LocalTeam):
+    """A team one of whose nodes may be away."""
+
+    away = True
+
+    def missing(self):
+        return "node n2 does not answer" if self.away else None
+
+
+@pytest.fixture
+def apart(tmp_path) -> Supervisor:
+    folder = RunFolder(tmp_path / "run")
+    folder.make()
+    return Supervisor(Apart(folder, LaunchConfig(start_s=1.5)))
+
+
+def test_a_node_that_stays_away_ends_a_run_in_time(apart):
+    began = time.monotonic()
+    with pytest.raises(CannotGoOnError, match=r"^node n2 does not answer, and has not for 2 s; mend it, or start"):
+        apart._assemble()
+    assert 1.5 < time.monotonic() - began < 5
+    assert events(apart._folder, "warning") == [
+        "node n2 does not answer; the run waits until it does, or is started elsewhere"
+    ]
+
+
+def test_a_node_that_comes_back_is_waited_for(apart):
+    threading.Timer(0.5, lambda: setattr(apart._team, "away", False)).start()
+    assert apart._assemble()
+
+
+def test_who_is_asked_to_leave_waits_for_no_node(apart):
+    apart.asked = signal.SIGTERM
+    began = time.monotonic()
+    assert not apart._assemble()
+    assert time.monotonic() - began < 1
