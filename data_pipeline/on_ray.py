@@ -3,8 +3,8 @@
 One Ray task for each slice of a build, which is about one shard: smaller ones would cost more to schedule than to do.
 Tasks are spread over the nodes, and no more are in flight than the build asks for, so that nothing piles up. A worker
 or a node that dies costs the tasks it had: Ray starts them elsewhere, and since a task writes whole files under names
-of its own, doing it twice changes nothing. Ray Data is not used: what it would deal to workers the plan has dealt before
-any of them starts, in an order that does not depend on the cluster (docs/DATA.md has the figures).
+of its own, doing it twice changes nothing. Ray Data is not used: what it would deal to workers the plan has dealt
+before any of them starts, in an order that does not depend on the cluster (docs/DATA.md has the figures).
 """
 
 from __future__ import annotations
