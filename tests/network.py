@@ -64,6 +64,10 @@ class Network:
         """Of a node, or of this machine on their network."""
         return f"{self._subnet}.{number}"
 
+    def address6(self, number: int) -> str:
+        """The same in IPv6."""
+        return f"fd77:{self._tag[2:]}::{number}"
+
     def start(
         self, number: int, words: Sequence[str], env: Mapping[str, str], out: IO[bytes] | None = None
     ) -> subprocess.Popen[bytes]:
@@ -129,6 +133,7 @@ class Network:
             _ip("link", "set", cable, "master", self._bridge, "up")
             _ip("-n", space, "link", "set", "lo", "up")
             _ip("-n", space, "addr", "add", f"{self.address(number)}/24", "dev", "eth0")
+            _ip("-n", space, "-6", "addr", "add", f"{self.address6(number)}/64", "dev", "eth0", "nodad")
             _ip("-n", space, "link", "set", "eth0", "up")
             _ip("-n", space, "route", "add", "default", "via", self.address())
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import socket
+import subprocess
+import sys
 
 import psutil
 import pytest
 
 from configs.errors import ConfigError
 from launcher.network import family_of, free_port, interface_towards, own_address_towards
+from tests import network
+from tests.conftest import ROOT, wait_until
+from tests.network import Network
 
 
 def test_loopback_is_reached_through_loopback():
@@ -38,3 +45,42 @@ def test_a_port_for_another_host_is_one_that_nobody_has_here():
 def test_a_free_port_can_be_taken(host):
     with socket.socket(family_of(host), socket.SOCK_STREAM) as taken:
         taken.bind((host, free_port(host)))
+
+
+APART = pytest.mark.skipif(
+    os.geteuid() != 0 or any(shutil.which(name) is None for name in network.NEEDED),
+    reason="nodes of the tests' own need root, iproute2 and util-linux",
+)
+RANK = """
+import os, socket, sys
+from launcher.network import interface_towards, own_address_towards
+first = os.environ["MASTER_ADDR"]
+print(socket.gethostbyname(socket.gethostname()), own_address_towards(first), interface_towards(first), flush=True)
+os.environ["GLOO_SOCKET_IFNAME"] = interface_towards(first)
+import torch
+from pretrain.parallel import join, sum_over_ranks
+join("gloo", 60.0)
+print(sum_over_ranks(torch.ones(1)).item(), flush=True)
+"""
+
+
+@APART
+@pytest.mark.parametrize("family", [4, 6])
+def test_nodes_whose_names_lead_to_loopback_meet_by_addresses(family):
+    with Network(2) as nodes:
+        address = {4: nodes.address, 6: nodes.address6}[family]
+        told = {"WORLD_SIZE": "2", "MASTER_ADDR": address(1), "MASTER_PORT": "29400", "LEVIATHAN_NONCE": "n"}
+        for number in (1, 2):
+            nodes.start(number, ["sleep", "100"], os.environ)
+        wait_until(lambda: all(nodes.processes(number)[1:] for number in (1, 2)), 10)
+        ranks = [
+            subprocess.Popen(
+                nodes.inside(number, [sys.executable, "-c", RANK]), env=os.environ | told | {"RANK": str(number - 1)},
+                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for number in (1, 2)
+        ]  # fmt: skip
+        said = [rank.communicate(timeout=90) for rank in ranks]
+        own = [address(number) for number in (1, 2)]
+    for number in (1, 2):
+        assert said[number - 1][0].split() == ["127.0.1.1", own[number - 1], "eth0", "2.0"], said[number - 1][1]
