@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import http.server
 import json
 import os
 import signal
@@ -32,6 +34,14 @@ from tests.data_pipeline.store import batches_of, digest_of
 
 pytestmark = pytest.mark.timeout(200)
 STORES = {"s3": stores.s3, "gs": stores.gcs}
+
+
+@pytest.fixture(autouse=True)
+def _drafts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts lie where no other test has any."""
+    (tmp_path / "drafts").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "drafts"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +132,23 @@ def test_a_build_from_a_store_into_a_store_gives_the_bytes_of_one_here(
     assert not drafts()
     again = build(config(afar, place), place + "/", workers=1, progress=lambda told: pytest.fail("work was done"))
     assert again.fingerprint == manifest.fingerprint
+
+
+def test_a_build_from_a_web_server_into_a_store_gives_the_bytes_of_one_here(
+    place: str, text: Path, tmp_path: Path, hashes: Callable[[Path], dict[str, str]]
+) -> None:
+    def one_file(path: str) -> DataConfig:
+        return DataConfig(sources={"letters": SourceConfig(path=path)}, heldout=0.1, shard_mib=0.05)
+
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(text))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as web:
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        build(one_file(f"http://127.0.0.1:{web.server_port}/letters/0.jsonl"), place, workers=1)
+        web.shutdown()
+    build(one_file(f"{text}/letters/0.jsonl"), tmp_path / "here", workers=1)
+    found, wanted = objects(place), hashes(tmp_path / "here")
+    assert found.keys() == wanted.keys()
+    assert {name for name in wanted if found[name] != wanted[name]} == {"manifest.json"}
 
 
 def test_training_reads_equal_batches_from_a_store(place: str, text: Path, local: Path, tmp_path: Path) -> None:
