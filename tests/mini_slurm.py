@@ -172,12 +172,13 @@ class MiniSlurm:
     def _conf(self) -> str:
         here, port = socket.gethostname().split(".")[0], _free_ports(self.count + 2)
         apart = self._network
-        nodes = [
-            f"NodeName=n{n} NodeHostname={here if apart is None else f'n{n}'}"
-            f" NodeAddr={'127.0.0.1' if apart is None else apart.address(n)}"
-            f" Port={port[n + 1]} CPUs={self._cpus} RealMemory=8000"
+        where = {
+            n: f"NodeHostname={here} NodeAddr=127.0.0.1 Port={port[n + 1]}"
+            if apart is None
+            else f"NodeHostname=n{n} NodeAddr={apart.address(n)}"
             for n in self._numbers()
-        ]
+        }
+        nodes = [f"NodeName=n{n} {place} CPUs={self._cpus} RealMemory=8000" for n, place in where.items()]
         return _CONF.format(
             base=self.base, host=here, controller="127.0.0.1" if apart is None else apart.address(), port=port[0],
             slurmd_port=port[1], nodes="\n".join(nodes), count=self.count, timeout_s=self._timeout_s,
