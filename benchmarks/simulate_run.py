@@ -16,7 +16,7 @@ from benchmarks.simulate import Clock, Door, Gate, Process, Rounds, Shared, Use
 
 BLOCK = 1 << 20
 """Bytes of a shard that are read and checked at once (data_pipeline/shards.py)."""
-SHARED_LOOKS = False
+SHARED_LOOKS = True
 """Whether ranks share the look at all shards' sizes, or each looks at all (data_pipeline/dataset.py)."""
 NOTE_WAIT_S = 0.02
 """Rank 0 looks so often whether all notes of a checkpoint are there (pretrain/checkpoint.py)."""

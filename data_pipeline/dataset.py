@@ -30,8 +30,11 @@ class Dataset:
     shards: ShardSet
 
 
-def open_dataset(data: DataConfig) -> Dataset:
+def open_dataset(data: DataConfig, rank: int = 0, world: int = 1) -> Dataset:
     """Open `data.dir` and check that it holds what the configuration asks for.
+
+    Of `world` ranks, each looks at the sizes of its share of the shards, so that all of them together look at each
+    shard once, however many they are.
 
     Raises DataError where there are no shards, the tokenizer is another, a source is missing, or, for a local folder,
     a shard is missing or of another size; ConfigError where a window of remote shards does not fit their cache.
@@ -41,7 +44,7 @@ def open_dataset(data: DataConfig) -> Dataset:
     else:
         folder = Path(data.dir).expanduser()
         manifest, tokenizer = load_manifest(folder), tokenizers.load_folder(folder)
-        _check_sizes(folder, manifest)
+        _check_sizes(folder, manifest, rank, world)
         shards = ShardSet(manifest, lambda info: folder / info.name)
     _check_belongs(data, manifest, tokenizer)
     return Dataset(manifest, tokenizer, shards)
@@ -76,9 +79,11 @@ def _check_window(data: DataConfig, manifest: Manifest, limit: int) -> None:
         )
 
 
-def _check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Fail before step 0 rather than at the first read: compare every shard's size with the manifest."""
-    for name, size in zip(manifest.table.column("name").to_pylist(), manifest.column("bytes").tolist()):
+def _check_sizes(folder: Path, manifest: Manifest, rank: int, world: int) -> None:
+    """Fail before step 0 rather than at the first read: compare shards' sizes with the manifest."""
+    mine = np.arange(rank, manifest.table.num_rows, world)
+    names = manifest.table.column("name").take(mine).to_pylist()
+    for name, size in zip(names, manifest.column("bytes")[mine].tolist()):
         try:
             found: int | None = (folder / name).stat().st_size
         except FileNotFoundError:

@@ -65,7 +65,7 @@ class Session:
         keep_freed_memory()
         self.micro = micro_rows(config, self.ranks.world)
         check_divides(config.train.batch_rows, self.micro, self.ranks.world)
-        self.dataset = open_dataset(config.data)
+        self.dataset = open_dataset(config.data, self.ranks.rank, self.ranks.world)
         self.sources = list(config.data.sources)
         self._check_data()
         self._check_heldout()

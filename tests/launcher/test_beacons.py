@@ -13,6 +13,7 @@ import pytest
 
 from launcher.beacons import Beacons
 from pretrain.beacon import RECORD
+from pretrain.health import PHASES
 from tests.conftest import wait_until
 
 RANK = """
@@ -98,3 +99,19 @@ def test_an_address_of_ipv6_is_no_other():
         process.kill()
         process.wait()
         beacons.close()
+
+
+def test_thousands_of_ranks_are_heard_through_the_smallest_buffer_that_linux_grants():
+    """None of them may look silent only because the supervisor reads twice a second."""
+    world = 4000
+    many = Beacons("127.0.0.1", world)
+    many._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 212_992)
+    host, port, nonce = many.next_attempt().rsplit(":", 2)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for rank in range(world):
+            sender.sendto(RECORD.pack(bytes.fromhex(nonce), rank, 0.0, 1, PHASES.index("step"), 0), (host, int(port)))
+            if rank % 100 == 99:
+                time.sleep(1.0 / (world / 100))
+    wait_until(lambda: None not in many.beats().values(), 5)
+    assert many.silent(5.0) == set()
+    many.close()

@@ -21,7 +21,7 @@ from pretrain.checkpoint_files import read_manifest
 from pretrain.config import RunConfig
 from pretrain.explain import explain
 from pretrain.run_folder import RunFolder, step_name
-from tests.conftest import leviathan
+from tests.conftest import data_of, leviathan
 from tests.small_run import small_config, train_small
 
 EOD = 256
@@ -225,3 +225,22 @@ def test_progress_on_a_terminal_is_a_bar_that_leaves_one_line():
 def test_text_is_made_harmless_and_short():
     assert harmless("a\x1b\x9b\u2066\x00b\tc\n") == "a\\x1b\\x9b\\u2066\\x00b\tc\n"
     assert one_line("a\n\n  b" + "c" * 50, 10) == "a bcccccc…"
+
+
+def test_ranks_share_the_look_at_shards_and_together_miss_none(shards, corpus, tmp_path):
+    """Whichever shard is gone, one rank of three finds it, and only one."""
+    copy = tmp_path / "shards"
+    shutil.copytree(shards, copy)
+    (tmp_path / "a.yaml").write_text(data_of(copy, corpus))
+    data = load(RunConfig, [tmp_path / "a.yaml"]).data
+    for gone in sorted(copy.glob("*.tar"))[:5]:
+        gone.rename(tmp_path / "aside")
+        found = []
+        for rank in range(3):
+            try:
+                open_dataset(data, rank, 3)
+            except DataError as error:
+                found.append(str(error))
+        assert len(found) == 1
+        assert gone.name in found[0]
+        (tmp_path / "aside").rename(gone)
