@@ -29,9 +29,12 @@ def cluster():
 
 
 def ray_processes():
-    names = ("raylet", "gcs_server", "ray::")
-    return [p.info for p in psutil.process_iter(["name", "cmdline"])
-            if any(word in " ".join([p.info["name"] or "", *(p.info["cmdline"] or [])[:1]]) for word in names)]  # fmt: skip
+    found = []
+    for process in psutil.process_iter(["name", "cmdline"]):
+        called = " ".join([process.info["name"] or "", *(process.info["cmdline"] or [])[:1]])
+        if any(word in called for word in ("raylet", "gcs_server", "ray::")):
+            found.append(process.info)
+    return found
 
 
 def test_ray_within_a_job_costs_less_than_a_minute_and_leaves_nothing(cluster, tiny, undisturbed):
