@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -20,21 +19,23 @@ from types import FrameType
 
 from rich.console import Console as Terminal
 
-from configs.errors import DONE, INTERRUPTED
+from configs.errors import DONE
 from data_pipeline.files import write_whole
 from launcher.branch import Origin
 from launcher.ensemble import Plan, folder_of, from_modules, from_seed, is_done, plan_ensemble
-from launcher.jobs import queued
+from launcher.jobs import check_not_queued, queued
+from launcher.on_ray import DriverProcess, asked_code, code_of_job
 from launcher.prepare import has_begun, make_ready
-from launcher.ray_jobs import SCRIPT, RayJob, RayJobs
+from launcher.ray_jobs import RayJob, RayJobs
 from launcher.restart import Attempt, decide
 from launcher.submit_ray import queue, write_script
+from launcher.supervise import REQUESTS
+from launcher.watch import signal_name
 from pretrain.config import RunConfig
 from pretrain.run_folder import RunFolder
 
 GRAPH = "graph.json"
 _POLL_S = 0.5
-REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def submit_ensemble(files: Sequence[str], words: Sequence[str], without: Sequence[str], jobs: RayJobs) -> int:
@@ -49,8 +50,9 @@ def submit_ensemble(files: Sequence[str], words: Sequence[str], without: Sequenc
     if not runs:
         return DONE
     write_whole(plan.folder.path / GRAPH, json.dumps([[str(r.path.resolve()) for r in p] for p in phases]).encode())
-    number, _ = queue(plan.folder, jobs, "launcher.ensemble_on_ray", runs)
-    terminal.print(f"ensemble [bold]{plan.folder.name}[/bold]: {len(runs)} runs, Ray job [bold]{number}[/bold]")
+    number, new = queue(plan.folder, jobs, "launcher.ensemble_on_ray", runs)
+    whose = "" if new else ", submitted by somebody else a moment ago"
+    terminal.print(f"ensemble [bold]{plan.folder.name}[/bold]: {len(runs)} runs, Ray job [bold]{number}[/bold]{whose}")
     terminal.print("follow them with leviathan status", soft_wrap=True)
     return DONE
 
@@ -73,6 +75,7 @@ def _part(what: str, config: RunConfig, plan: Plan, origin: Origin | None, termi
     if is_done(folder, config):
         terminal.print(f"{what}: done before, run {folder.name}", soft_wrap=True)
         return []
+    check_not_queued(folder)
     run = make_ready(config, plan.launch, folder, origin=origin)
     write_script(run)
     terminal.print(f"{what}: run {folder.name}", soft_wrap=True)
@@ -82,62 +85,72 @@ def _part(what: str, config: RunConfig, plan: Plan, origin: Origin | None, termi
 # ---- in the job
 
 
+class _Life:
+    """One run, driven to its end. code: how it ended, once it has."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self._driver: DriverProcess | None = None
+        self._history: list[Attempt] = []
+        self._began, self._not_before = 0, 0.0
+        self.code: int | None = None
+
+    def look(self, asked: int | None) -> None:
+        """Start its driver, pass a request on, or take note of an end. asked: the signal that asked all to leave."""
+        if self.code is not None:
+            return
+        if self._driver is None:
+            self._start(asked)
+            return
+        code = self._driver.ended(asked)
+        if code is None:
+            return
+        self._driver = None
+        if code >= 0 or asked is not None:  # a driver that ends by itself has tried all there is
+            self.code = code_of_job(code, asked)
+        else:
+            self._mend(code)
+
+    def _start(self, asked: int | None) -> None:
+        """Start the driver, unless somebody has asked for the end of the run, or of all, before."""
+        if asked is not None or self._run.stop_request.exists():
+            self.code = asked_code(asked)
+        elif time.monotonic() >= self._not_before:
+            self._began = _saved(self._run)
+            print(f"driving {self._run.name}", flush=True)
+            self._driver = DriverProcess(self._run, {})
+
+    def _mend(self, code: int) -> None:
+        """Let a driver that was killed be started again, or give the run up."""
+        run, cause = self._run, f"the driver of {self._run.name} died: {signal_name(-code)}"
+        run.event("fault", cause)
+        self._history.append(Attempt(self._began, _saved(run), code_of_job(code, None), cause))
+        decision = decide(self._history)
+        self._not_before = time.monotonic() + decision.wait_s
+        if decision.action == "give_up":
+            run.event("stop", f"stopped: {decision.reason}", code=decision.code, step=_saved(run))
+            self.code = decision.code
+
+
 class _Drivers:
     """The drivers of runs, side by side."""
 
     def __init__(self) -> None:
-        self._asked = False
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._asked: int | None = None
         for number in REQUESTS:
             signal.signal(number, self._on_signal)
 
     def drive(self, runs: Sequence[RunFolder]) -> int:
-        """Drive all of them to their end; return the first exit code that is not 0."""
-        history: dict[str, list[Attempt]] = {run.name: [] for run in runs}
-        began: dict[str, int] = {}
-        codes: dict[str, int] = {}
-        by_name = {run.name: run for run in runs}
-        for run in runs:
-            codes |= self._start(run, began)
-        while self._running:
-            for name, process in list(self._running.items()):
-                code = process.poll()
-                if code is None:
-                    continue
-                del self._running[name]
-                run = by_name[name]
-                shown = 128 - code if code < 0 else code
-                if code >= 0 or self._asked:  # a driver that ends by itself has tried all there is
-                    codes[name] = shown
-                    continue
-                cause = f"the driver of {name} died: {signal.Signals(-code).name}"
-                run.event("fault", cause)
-                history[name].append(Attempt(began[name], _saved(run), shown, cause))
-                decision = decide(history[name])
-                if decision.action == "give_up":
-                    run.event("stop", f"stopped: {decision.reason}", code=decision.code, step=_saved(run))
-                    codes[name] = decision.code
-                else:
-                    time.sleep(decision.wait_s)
-                    codes |= self._start(run, began)
+        """Drive all of them to their end; return the exit code of the first that did not end well."""
+        lives = [_Life(run) for run in runs]
+        while any(life.code is None for life in lives):
+            for life in lives:
+                life.look(self._asked)
             time.sleep(_POLL_S)
-        return next((code for code in codes.values() if code != DONE), DONE)
-
-    def _start(self, run: RunFolder, began: dict[str, int]) -> dict[str, int]:
-        """Start a run's driver, unless somebody has asked for the run's end before; the code of that."""
-        if run.stop_request.exists():
-            return {run.name: INTERRUPTED}
-        began[run.name] = _saved(run)
-        words = ["bash", str(run.path / SCRIPT), "launcher.on_ray", str(run.path)]
-        print(f"driving {run.name}", flush=True)
-        self._running[run.name] = subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True,
-                                                   env=os.environ | {"LEVIATHAN_PARENT": str(os.getpid())})  # fmt: skip
-        return {}
+        return next((life.code for life in lives if life.code), DONE)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
-        for process in self._running.values():
-            process.send_signal(number)
+        self._asked = self._asked or number
 
 
 def main(arguments: list[str]) -> int:

@@ -6,8 +6,12 @@ from typing import Protocol
 
 from configs.errors import ConfigError, LeviathanError
 from launcher import slurm
-from launcher.ray_jobs import RayJobs
+from launcher.ray_jobs import PATIENCE_S, UNKNOWN, RayJob, RayJobs
 from pretrain.run_folder import RunFolder
+
+_LOOK_S = 5.0
+_silent: dict[str, str] = {}
+"""Clusters that did not answer this process, and what that looked like: to ask for each run would take minutes."""
 
 
 class InQueueError(ConfigError):
@@ -30,23 +34,32 @@ class Job(Protocol):
         """Whether it has ended for good."""
 
 
-def job_of(folder: RunFolder) -> Job | None:
-    """The last job of a run; None where there is none, or its queue knows it no more or does not answer."""
+def job_of(folder: RunFolder, patience_s: float = _LOOK_S) -> Job | None:
+    """The last job of a run; None where there is none, or its queue knows it no more.
+
+    patience_s: for the answer of a Ray cluster; one that does not answer leaves a job UNKNOWN.
+    """
     facts = folder.facts().get("job", {}) if folder.path.is_dir() else {}
     if "slurm" in facts:
         return slurm.job(facts["slurm"]) if slurm.present() else None
     if "ray" in facts:
-        try:
-            return RayJobs(facts["address"]).job(facts["ray"])
-        except LeviathanError:
-            return None
+        return _ray_job(facts["address"], facts["ray"], patience_s)
     return None
 
 
+def _ray_job(address: str, number: str, patience_s: float) -> RayJob | None:
+    if address not in _silent:
+        try:
+            return RayJobs(address, patience_s).job(number)
+        except LeviathanError as error:
+            _silent[address] = str(error)
+    return RayJob(number, UNKNOWN, _silent[address])
+
+
 def queued(folder: RunFolder) -> Job | None:
-    """The job of a run that waits or runs; None where there is none."""
-    job = job_of(folder)
-    return None if job is None or job.over else job
+    """The job of a run that waits or runs; None where there is none that anybody knows of."""
+    job = job_of(folder, PATIENCE_S)
+    return None if job is None or job.over or job.state == UNKNOWN else job
 
 
 def check_not_queued(folder: RunFolder) -> None:

@@ -9,26 +9,30 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from configs.errors import CANNOT_GO_ON, DONE, INTERRUPTED, PREEMPTED, LeviathanError
+from configs.errors import CANNOT_GO_ON, INTERRUPTED, PREEMPTED, ConfigError, LeviathanError
 from configs.load import load
 from data_pipeline.on_ray import import_ray
 from launcher.config import LaunchConfig
+from launcher.ray_jobs import SCRIPT
 from launcher.restart import Attempt, decide
 from launcher.runs import attempts_before, newest_row
 from launcher.snapshot import ROOT, check_code
-from launcher.watch import EXPLAINED
+from launcher.supervise import REQUESTS
+from launcher.watch import collateral, first_cause
 from pretrain.lease import Lease
 from pretrain.run import die_with_parent
 from pretrain.run_folder import RunFolder
 
-REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_REPEAT_S = 2.0
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -51,6 +55,44 @@ class GivenUpError(Exception):
     def __init__(self, cause: str, code: int) -> None:
         super().__init__(cause, code)
         self.cause, self.code = cause, code
+
+
+class DriverProcess:
+    """The driver of a run as a child of this process, with which it dies. environment: more than it inherits."""
+
+    def __init__(self, folder: RunFolder, environment: Mapping[str, str]) -> None:
+        path = folder.path.resolve()
+        words = ["bash", str(path / SCRIPT), "launcher.on_ray", str(path)]
+        told = {"LEVIATHAN_PARENT": str(os.getpid())}
+        self._process = subprocess.Popen(words, env=os.environ | environment | told, stdin=subprocess.DEVNULL,
+                                         start_new_session=True)  # fmt: skip
+        self._told = time.monotonic()
+
+    def ended(self, asked: int | None) -> int | None:
+        """Its exit code once it has ended, -n for a death by signal n. asked: the signal that asked for its end."""
+        code = self._process.poll()
+        # again and again, and not at once: what has only begun does not listen, or dies of it
+        if code is None and asked is not None and time.monotonic() - self._told > _REPEAT_S:
+            self._told = time.monotonic()
+            self._process.send_signal(asked)
+        return code
+
+    def kill(self) -> None:
+        """End it at once, if it has not ended."""
+        self._process.kill()
+        self._process.wait()
+
+
+def code_of_job(code: int, asked: int | None) -> int:
+    """The exit code of a job whose driver ended with a code, -n for signal n. asked: the signal that asked for that."""
+    if asked is not None and code == -asked:  # it had not yet begun to listen
+        return asked_code(asked)
+    return 128 - code if code < 0 else code
+
+
+def asked_code(asked: int | None) -> int:
+    """The exit code of a run that was asked to leave: by a signal, or by somebody."""
+    return INTERRUPTED if asked in (None, signal.SIGINT) else PREEMPTED
 
 
 def main(arguments: list[str]) -> int:
@@ -92,14 +134,23 @@ class _Driver:
         """All attempts. Raises GivenUpError where none of them can be the last."""
         ray = import_ray()
         self._listen()
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), runtime_env={"env_vars": ENVIRONMENT},
-                 log_to_driver=True, logging_level="warning")  # fmt: skip
+        address = os.environ.get("RAY_ADDRESS", "auto")
+        try:
+            ray.init(address=address, runtime_env={"env_vars": ENVIRONMENT}, log_to_driver=True,
+                     logging_level="warning")  # fmt: skip
+        except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"no Ray cluster answers at {address} ({_words_of(error)}); a driver runs within a job of one"
+            ) from None
         try:
             code = self._fit(ray.get_runtime_context().get_job_id())
         finally:
             ray.shutdown()
+            if self._asked is not None:
+                # who starts the run again, be it Slurm, is not to be stopped by a request to this job
+                self._folder.stop_request.unlink(missing_ok=True)
         if code in (PREEMPTED, INTERRUPTED):
-            code = PREEMPTED if self._asked == signal.SIGUSR1 else code
+            code = asked_code(self._asked) if self._asked is not None else code
             self._folder.event("stop", "stopped: stopped as asked", code=code, step=_saved(self._folder))
         return code
 
@@ -148,7 +199,7 @@ class _Driver:
                 "signal", f"{signal.Signals(number).name}: finishing the step and saving",
                 signal=signal.Signals(number).name,
             )  # fmt: skip
-        self._folder.stop_request.touch(mode=0o600)
+            self._folder.stop_request.touch(mode=0o600)
 
 
 def failures(folder: str, max_restarts: int | None) -> Any:
@@ -207,18 +258,15 @@ def _cause(errors: dict[int, Exception]) -> tuple[int, str, int, dict[str, Any]]
             told[rank] = inner
         else:
             lost[rank] = f"rank {rank}: its worker is lost ({_words_of(inner)})"
-    first: list[Callable[[RankEndedError], bool]] = [
-        lambda ended: ended.code < 0, lambda ended: ended.code in EXPLAINED, lambda ended: ended.code == PREEMPTED,
-    ]  # fmt: skip
-    for fits in first:
-        for rank, ended in told.items():
-            if fits(ended):
-                return rank, ended.message, ended.code, {"host": ended.host, "step": ended.step}
-    if lost:
-        rank = next(iter(lost))
+    codes = {rank: ended.code for rank, ended in told.items()}
+    rank = first_cause(codes) if codes else next(iter(lost))
+    if rank not in told or collateral(codes[rank]):
+        saved = [other for other, code in codes.items() if code == PREEMPTED]
+        rank = next(iter([*saved, *lost, rank]))
+    if rank in lost:
         return rank, lost[rank], -signal.SIGKILL, {}
-    rank = next(iter(told))
-    return rank, told[rank].message, told[rank].code, {"host": told[rank].host, "step": told[rank].step}
+    ended = told[rank]
+    return rank, ended.message, ended.code, {"host": ended.host, "step": ended.step}
 
 
 def _inner(error: Exception) -> BaseException:
@@ -237,13 +285,13 @@ def _words_of(error: BaseException) -> str:
 def _given_up(error: Exception) -> GivenUpError:
     """Why Ray Train ended the run."""
     inner: Any = getattr(error, "controller_failure", error)
-    while inner is not None and not isinstance(inner, GivenUpError):
+    seen: list[BaseException] = []
+    while isinstance(inner, BaseException) and inner not in seen:
+        if isinstance(inner, GivenUpError):
+            return inner
+        seen.append(inner)
         inner = inner.__cause__ or getattr(inner, "error", None) or getattr(inner, "cause", None)
-    return (
-        inner
-        if isinstance(inner, GivenUpError)
-        else GivenUpError(f"Ray Train ended it: {_words_of(error)}", CANNOT_GO_ON)
-    )
+    return GivenUpError(f"Ray Train ended it: {_words_of(error)}", CANNOT_GO_ON)
 
 
 def _saved(folder: RunFolder) -> int:
@@ -251,6 +299,4 @@ def _saved(folder: RunFolder) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.exit(code if code != DONE else 0)
+    sys.exit(main(sys.argv[1:]))

@@ -9,6 +9,7 @@ the job's own token, has no dashboard, and ends with the job.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import signal
@@ -23,8 +24,8 @@ from configs.load import load
 from launcher import slurm
 from launcher.config import LaunchConfig
 from launcher.network import free_port
+from launcher.on_ray import DriverProcess, asked_code, code_of_job
 from launcher.on_slurm import queue_again
-from launcher.ray_jobs import SCRIPT
 from launcher.snapshot import ROOT, check_code
 from launcher.supervise import REQUESTS
 from pretrain.run_folder import RunFolder
@@ -69,8 +70,10 @@ class _Cluster:
         with contextlib.suppress(LeviathanError):
             slurm.kill_steps(self._job)
         for step in self._steps:
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            try:
                 step.wait(_DOWN_S)
+            except subprocess.TimeoutExpired:
+                step.kill()
         self._token.unlink(missing_ok=True)
 
     def check(self) -> None:
@@ -92,7 +95,7 @@ class _Cluster:
                 f"--cpus-per-task={os.environ.get('SLURM_CPUS_ON_NODE', '1')}",
                 f"--output={logs}/ray_{log}_%t.log"]  # fmt: skip
         ray = str(Path(sys.executable).parent / "ray")
-        start = [ray, "start", *words, f"--num-cpus={max(1, round(cores))}", "--block", "--disable-usage-stats",
+        start = [ray, "start", *words, f"--num-cpus={max(1, math.ceil(cores))}", "--block", "--disable-usage-stats",
                  f"--object-store-memory={_OBJECTS_BYTES}"]  # fmt: skip
         if asks.gpus_per_node is not None:
             start.append(f"--num-gpus={asks.gpus_per_node}")
@@ -123,33 +126,25 @@ class _Driver:
 
     def __init__(self) -> None:
         self.asked: int | None = None
-        self._process: subprocess.Popen[bytes] | None = None
         for number in REQUESTS:
             signal.signal(number, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
 
     def drive(self, folder: RunFolder, cluster: _Cluster, environment: dict[str, str]) -> int:
         """The exit code of a run that is driven to its end. Raises LeviathanError where the cluster ends before."""
-        words = ["bash", str(folder.path.resolve() / SCRIPT), "launcher.on_ray", str(folder.path.resolve())]
-        told = {"LEVIATHAN_PARENT": str(os.getpid())}
-        self._process = subprocess.Popen(words, env=os.environ | environment | told, stdin=subprocess.DEVNULL,
-                                         start_new_session=True)  # fmt: skip
         if self.asked is not None:
-            self._process.send_signal(self.asked)
+            return asked_code(self.asked)
+        driver = DriverProcess(folder, environment)
         try:
-            while self._process.poll() is None:
+            while (code := driver.ended(self.asked)) is None:
                 cluster.check()
                 time.sleep(_POLL_S)
         finally:
-            self._process.kill()
-            self._process.wait()
-        code = self._process.returncode
-        return code if code >= 0 else 128 - code
+            driver.kill()
+        return code_of_job(code, self.asked)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.asked = self.asked or number
-        if self._process is not None and self._process.poll() is None:
-            self._process.send_signal(number)
 
 
 def main(arguments: list[str]) -> int:

@@ -35,7 +35,7 @@ from launcher.ray_jobs import SCRIPT
 from launcher.runs import attempts_before
 from launcher.snapshot import ROOT, check_code
 from launcher.team import common_environment, forget_exits, threads_of
-from launcher.watch import EXPLAINED, describe, hang, longest_silent
+from launcher.watch import collateral, describe, hang, longest_silent
 from pretrain.config import RunConfig
 from pretrain.health import read_heartbeat
 from pretrain.run_folder import RunFolder
@@ -44,6 +44,7 @@ ENDED_WELL = (DONE, PREEMPTED, INTERRUPTED)
 PREFLIGHT_S = 240.0
 _POLL_S, _LOOK_S = 1.0, 0.1
 _SETTLE_S, _STACKS_S, _END_S = 3.0, 0.5, 10.0
+_DEAF_S = 2.0
 _SILENT_S = 4.0
 """Beacons come every second."""
 
@@ -86,7 +87,7 @@ class _Worker:
     def __init__(self, job: Job) -> None:
         context = train.get_context()
         self._job, self._folder = job, RunFolder(Path(job.folder))
-        self._launch = load(LaunchConfig, [self._folder.launch])
+        self._launch: LaunchConfig
         self.rank, self._workers = context.get_world_rank(), context.get_world_size()
         self._local, self._here = context.get_local_rank(), context.get_local_world_size()
         self._node = context.get_node_rank()
@@ -94,11 +95,13 @@ class _Worker:
         self._beacons: Beacons | None = None
         self._heartbeats = Path(tempfile.mkdtemp(prefix="leviathan-"))
         self._child: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
         self._well_since: float | None = None
         self._preempted = False
 
     def run(self) -> int:
         """One attempt, from the first word of worker 0 to the end of every rank."""
+        self._launch = load(LaunchConfig, [self._folder.launch])
         if self._local == 0 and ROOT.name.startswith("code-"):
             check_code(ROOT)
         plan = broadcast_from_rank_zero(self._plan() if self.rank == 0 else None)
@@ -120,12 +123,15 @@ class _Worker:
 
     def close(self) -> None:
         """Leave no process behind."""
-        if self._child is not None and self._child.poll() is None:
-            os.killpg(self._child.pid, signal.SIGKILL)
-            self._child.wait()
+        self._end_child()
         if self._beacons is not None:
             self._beacons.close()
         shutil.rmtree(self._heartbeats, ignore_errors=True)
+
+    def _end_child(self) -> None:
+        if self._child is not None and self._child.poll() is None:
+            os.killpg(self._child.pid, signal.SIGKILL)
+            self._child.wait()
 
     # ---- worker 0 leads
 
@@ -188,7 +194,9 @@ class _Worker:
                 "signal", f"a node is to be taken away (ranks {', '.join(map(str, info.preempted_ranks))}): saving"
             )  # fmt: skip
         self._preempted = True
-        if self._child is not None and self._child.poll() is None:
+        # what has only begun would die of it, and this is asked again
+        began = self._child is not None and time.monotonic() - self._started > _DEAF_S
+        if began and self._child is not None and self._child.poll() is None:
             self._child.send_signal(signal.SIGUSR1)
 
     def _look(self, seconds: float) -> None:
@@ -207,7 +215,7 @@ class _Worker:
 
     def _fail(self, code: int) -> None:
         """Tell Ray Train, and so the driver, how the rank ended."""
-        if code >= 0 and code not in EXPLAINED:
+        if collateral(code):
             time.sleep(_SETTLE_S)  # it may fail because another did, whose word is to be first
         beat = read_heartbeat(self._heartbeats, self.rank)
         who = f"rank {self.rank} (host {self.host}, Ray job {self._job.number})"
@@ -229,7 +237,7 @@ class _Worker:
             try:
                 self._child.wait(_END_S)
             except subprocess.TimeoutExpired:
-                self.close()
+                self._end_child()
         if code == PREEMPTED and self._preempted:
             raise RankEndedError(self.rank, self.host, PREEMPTED, "saved, since a node is to be taken away", 0)
         return code
@@ -244,7 +252,7 @@ class _Worker:
             try:
                 child.wait(PREFLIGHT_S)
             except subprocess.TimeoutExpired:
-                self.close()
+                self._end_child()
             self._child = None
         broadcast_from_rank_zero(None)
         if self.rank == 0:
@@ -256,6 +264,7 @@ class _Worker:
 
     def _start(self, module: str, log: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
         """A child process, which dies with this one."""
+        self._started = time.monotonic()
         with open(self._folder.logs / log, "ab") as out:
             return subprocess.Popen(
                 ["bash", str(self._folder.path / SCRIPT), module, str(self._folder.path)],

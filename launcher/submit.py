@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console as Terminal
 
 from configs.errors import ConfigError, UsageError
@@ -21,11 +19,10 @@ from launcher.config import LaunchConfig, SlurmConfig, one_word
 from launcher.jobs import InQueueError, check_not_queued
 from launcher.prepare import Prepared, prepare, resolve, run_folder
 from launcher.snapshot import ROOT, code_name, keep_code
-from launcher.submit_ray import write_script
+from launcher.submit_ray import fill, write_script
 from launcher.sweep import runs_of, split
 from pretrain.run_folder import RunFolder
 
-TEMPLATES = ROOT / "slurm"
 _EARLY_S = 60
 """Slurm sends the signal before a time limit up to so much earlier than it was asked to."""
 
@@ -108,21 +105,11 @@ def queue(run: Prepared, after: Sequence[str] = ()) -> str:
 
 def render(folder: RunFolder, launch: LaunchConfig, code: Path) -> str:
     """The batch script of a run. Raises ConfigError where a path cannot stand in one."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True, autoescape=False,
-    )  # fmt: skip
-    environment.filters["sh"] = shlex.quote
     asks, path = launch.slurm, folder.path.resolve()
-    env_file = None if asks.env_file is None else Path(asks.env_file).expanduser().resolve()
-    if env_file is not None and not env_file.is_file():
-        raise ConfigError(f"launch.slurm.env_file: there is no file {env_file}; write it, or leave env_file empty")
     module = "launcher.ray_on_slurm" if asks.ray else "launcher.on_slurm"
     words = [asks.python or sys.executable, "-P", "-m", module, str(path)]
-    return environment.get_template("job.sbatch").render(
-        options=_options(folder, launch), cwd=str(Path.cwd()), env_file=None if env_file is None else str(env_file),
-        code=str(code.resolve()), words=words,
-    )  # fmt: skip
+    values = {"options": _options(folder, launch), "code": str(code.resolve()), "words": words}
+    return fill(ROOT / "slurm" / "job.sbatch", "launch.slurm.env_file", asks.env_file, values)
 
 
 def _options(folder: RunFolder, launch: LaunchConfig) -> list[str]:

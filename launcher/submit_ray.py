@@ -5,12 +5,14 @@ A job's number is the run's, so that submitting twice, even at the same moment, 
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -19,7 +21,7 @@ from rich.console import Console as Terminal
 from configs.errors import ConfigError, LeviathanError, UsageError
 from data_pipeline.files import write_whole
 from launcher import kuberay
-from launcher.config import RayConfig
+from launcher.config import LaunchConfig, RayConfig
 from launcher.console import Console
 from launcher.jobs import check_not_queued, queued
 from launcher.kuberay import Worker
@@ -34,6 +36,9 @@ TEMPLATES = Path(__file__).parent / "templates"
 FORWARDED = ("LEVIATHAN_FAULT", "WANDB_MODE", "WANDB_BASE_URL")
 """Variables of who submits that a job gets. None of them is a secret: what is belongs into launch.ray.env_file."""
 _POLL_S, _ASK_S = 0.25, 2.0
+_STRANGE = re.compile(r"[\0\ud800-\udfff]")
+_NAME_LENGTH = 100
+"""Ray makes names of files out of a job's number."""
 
 
 def submit_ray(
@@ -48,25 +53,30 @@ def submit_ray(
     os.umask(0o077)  # a run is its owner's alone
     config, launch = resolve(files, words)
     most_ranks(config, launch.ray.min_ranks or launch.ranks)
-    folder = run_folder(config, files)
+    folder, joins = run_folder(config, files), len(config.model.ensemble.modules) > 1 and not branch
+    if without and not joins:
+        raise UsageError("--without leaves modules out of an ensemble, and this run joins none; leave it out")
+    if joins and allow:
+        raise UsageError("an ensemble is a graph of runs by itself, without --allow; leave it out")
+    if joins and mode == "kuberay":
+        raise UsageError("an ensemble is a graph of runs, and a RayJob is one; submit it to a cluster with --address")
     if mode == "print":
         sys.stdout.write(script_of(folder, launch.ray, folder.path / code_name()))
         return 0
     if mode == "kuberay":
-        run = prepare(files, words, ranks=None, branch=branch, allow=allow)
-        write_script(run)
-        sys.stdout.write(_manifest(run))
+        # what is wrong with it is told before anything is written
+        manifest = _manifest(folder, launch)
+        write_script(prepare(files, words, ranks=None, branch=branch, allow=allow))
+        sys.stdout.write(manifest)
         return 0
     if address is None:
         raise UsageError("submit ray needs the dashboard of a cluster; give --address, such as http://10.0.0.1:8265")
     jobs, terminal = RayJobs(address), Terminal(highlight=False)
     jobs.check()
-    if len(config.model.ensemble.modules) > 1 and not branch:
+    if joins:
         from launcher.ensemble_on_ray import submit_ensemble
 
         return submit_ensemble(files, words, without, jobs)
-    if without:
-        raise UsageError("--without leaves modules out of an ensemble, and this run joins none; leave it out")
     job = queued(folder)
     if isinstance(job, RayJob):
         terminal.print(f"run [bold]{folder.name}[/bold] is {job} already; following it, Ctrl-C leaves it alone")
@@ -85,17 +95,32 @@ def submit_ray(
 
 def queue(folder: RunFolder, jobs: RayJobs, module: str, runs: Sequence[RunFolder]) -> tuple[str, bool]:
     """Submit the job that drives a run folder; return its number and whether it is new. runs: all that it drives."""
-    before = sum(event["event"] == "submit" for event in folder.history())
-    number = re.sub(r"[^A-Za-z0-9_.-]", "-", f"{folder.name}-{folder.facts()['run_id'][:8]}-{before + 1}")
     path = folder.path.resolve()
     line = f"exec {shlex.join(['bash', str(path / SCRIPT), module, str(path)])}"
-    new = jobs.submit(number, line)
+    for nth in itertools.count(len(_numbers(folder)) + 1):
+        number = job_number(folder, nth)
+        new = jobs.submit(number, line)
+        job = None if new else jobs.job(number)
+        if job is None or not job.over:
+            break
+        # else a submission that nobody lived to write down, and that is over
     for run in runs:
         facts = {"ray": number, "address": jobs.address, "submitted": time.time(), "shared": len(runs) > 1}
         run.set_facts(job=facts, verb="submit ray")
-        if new:
+        if number not in _numbers(run):
             run.event("submit", f"submitted as Ray job {number}", job=number)
     return number, new
+
+
+def job_number(folder: RunFolder, nth: int) -> str:
+    """What the cluster calls the nth job of a run: its name as words of a shell and names of files take it, its id."""
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", folder.name).lstrip("-.")[:_NAME_LENGTH]
+    return f"{name or 'run'}-{folder.facts()['run_id'][:8]}-{nth}"
+
+
+def _numbers(folder: RunFolder) -> set[str]:
+    """The jobs that a run was submitted as."""
+    return {str(event.get("job")) for event in folder.history() if event["event"] == "submit"}
 
 
 def follow(folder: RunFolder, steps: int, jobs: RayJobs, number: str, terminal: Terminal) -> int:
@@ -135,33 +160,51 @@ def write_script(run: Prepared) -> None:
 
 def script_of(folder: RunFolder, asks: RayConfig, code: Path) -> str:
     """The script of a run. Raises ConfigError where there is no such file as it is to begin with."""
+    variables = {name: os.environ[name] for name in FORWARDED if os.environ.get(name)}
+    values = {"code": str(code.resolve()), "variables": variables, "python": asks.python or sys.executable}
+    return fill(TEMPLATES / SCRIPT, "launch.ray.env_file", asks.env_file, values)
+
+
+def fill(template: Path, key: str, env_file: str | None, values: Mapping[str, object]) -> str:
+    """A script made of a template, whose values stand in it as words of a shell. key: that names env_file.
+
+    Raises ConfigError where there is no such env_file, or where a value is none that a script can hold.
+    """
     environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=FileSystemLoader(template.parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True, autoescape=False,
     )  # fmt: skip
     environment.filters["sh"] = shlex.quote
-    env_file = None if asks.env_file is None else Path(asks.env_file).expanduser().resolve()
-    if env_file is not None and not env_file.is_file():
-        raise ConfigError(f"launch.ray.env_file: there is no file {env_file}; write it, or leave env_file empty")
-    return environment.get_template(SCRIPT).render(
-        cwd=str(Path.cwd()), env_file=None if env_file is None else str(env_file), code=str(code.resolve()),
-        variables={name: os.environ[name] for name in FORWARDED if os.environ.get(name)},
-        python=asks.python or sys.executable,
-    )  # fmt: skip
+    path = None
+    if env_file is not None:
+        try:
+            path = Path(env_file).expanduser().resolve()
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"{key}: {env_file!r} is no path ({error}); write another, or leave it empty") from None
+        if not path.is_file():
+            raise ConfigError(f"{key}: there is no file {path}; write it, or leave env_file empty")
+    places = {"cwd": str(Path.cwd()), "env_file": None if path is None else str(path)}
+    text = environment.get_template(template.name).render(places | dict(values))
+    strange = next((line for line in text.split("\n") if _STRANGE.search(line)), None)
+    if strange is not None:
+        raise ConfigError(
+            f"no script can hold the line {strange!r}, with a NUL or bytes that are no text; change it"
+        )
+    return text
 
 
-def _manifest(run: Prepared) -> str:
-    """The RayJob of a run that is ready."""
+def _manifest(folder: RunFolder, launch: LaunchConfig) -> str:
+    """The RayJob of a run."""
     import importlib.metadata
 
-    launch, asks, path = run.launch, run.launch.ray, run.folder.path.resolve()
+    asks, path = launch.ray, folder.path.resolve()
     if asks.image is None:
         raise ConfigError("launch.ray.image is empty; name the container image that holds Python and what it needs")
     name, _, mount = (asks.claim or "").partition(":")
     worker = Worker(
-        image=asks.image, cpus=max(1, round(asks.cpus_per_rank)), gpus=int(asks.gpus), memory=asks.memory,
+        image=asks.image, cpus=math.ceil(asks.cpus_per_rank), gpus=int(asks.gpus), memory=asks.memory,
         claim=(name, mount) if asks.claim else None,
     )  # fmt: skip
     words = ["bash", str(path / SCRIPT), "launcher.on_ray", str(path)]
     ranks = (launch.ray.min_ranks or launch.ranks, launch.ranks)
-    return kuberay.manifest(run.folder.name, words, ranks, worker, importlib.metadata.version("ray"))
+    return kuberay.manifest(folder.name, words, ranks, worker, importlib.metadata.version("ray"))

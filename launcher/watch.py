@@ -29,16 +29,29 @@ def first_cause(dead: Mapping[int, int]) -> int:
 
     dead: exit codes by rank, -n for a death by signal n.
     """
-    killed = [number for number, code in dead.items() if code < 0 and code != -signal.SIGABRT]
-    explained = [number for number, code in dead.items() if code in EXPLAINED]
-    return (killed or explained or list(dead))[0]
+    causes = [number for number, code in dead.items() if not collateral(code)]
+    killed = [number for number in causes if dead[number] < 0]
+    return (killed or causes or list(dead))[0]
+
+
+def collateral(code: int) -> bool:
+    """Whether a rank may have ended so only because another did: with any error, or aborted by what connects ranks."""
+    return code == -signal.SIGABRT if code < 0 else code not in EXPLAINED
+
+
+def signal_name(number: int) -> str:
+    """A signal for people; those for real-time programs have no names."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def describe(folder: RunFolder, number: int, who: str, code: int, beat: Beat | None) -> str:
     """How a rank ended, in a sentence. who: the rank for people; code: as in `first_cause`."""
     where = f"in phase {beat.phase!r} of step {beat.step}" if beat else "before its first sign of life"
     if code < 0:
-        name = signal.Signals(-code).name
+        name = signal_name(-code)
         hint = " (the kernel does that when memory runs out: see `dmesg`)" if name == "SIGKILL" else ""
         return f"{who} died {where}: {name}{hint}"
     with contextlib.suppress(OSError, ValueError):

@@ -6,6 +6,7 @@ import time
 
 from configs.errors import CANNOT_GO_ON, DATA_INVALID, INTERRUPTED, PREEMPTED, USAGE, WRONG_CONFIG
 from launcher.jobs import log_of
+from launcher.ray_jobs import UNKNOWN
 from launcher.runs import State, exit_notes, state_of, tail_text
 from launcher.screen import harmless, make_terminal
 from launcher.status import event_line, place
@@ -37,6 +38,8 @@ def why(state: State) -> str:
     name = state.folder.name
     if state.owner is not None:
         return _running(state)
+    if state.job is not None and state.job.state == UNKNOWN:
+        return f"nobody knows whether {name} still waits in a queue: {state.job}"
     if state.what == "waiting":
         return f"{name} waits in the queue ({state.job}); nothing to do but wait, or `leviathan stop {name}`"
     if state.what == "never began" and state.job is not None:

@@ -11,4 +11,4 @@ cd -- {{ cwd | sh }}
 export {{ name }}={{ value | sh }}
 {% endfor %}
 export PYTHONPATH={{ code | sh }}
-exec {{ python | sh }} -P -m "$@"
+exec -- {{ python | sh }} -P -m "$@"
