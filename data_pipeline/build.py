@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,6 +37,7 @@ FEW = 100
 """Sources with fewer documents than this hold out the tail of each, instead of whole documents."""
 
 SAMPLED_SLICES = 32
+READERS = 16
 MIB = 1 << 20
 
 Phase = Literal["scan", "sample", "train tokenizer", "encode"]
@@ -210,7 +211,8 @@ class _Build:
             documents, lowest = _first_documents(source)
         else:
             scans = [source.scans[part.number] for part in source.slices]
-            hashes = [self._hashes(scan) for scan in scans]
+            with ThreadPoolExecutor(READERS) as readers:  # of a store each is a journey
+                hashes = list(readers.map(self._hashes, scans))
             if self._data.duplicates == "drop":
                 source.dropped = dict(enumerate(repeated(hashes)))
             kept = np.concatenate([np.delete(h[:, 0], source.dropped.get(n, [])) for n, h in enumerate(hashes)])
