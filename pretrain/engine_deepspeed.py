@@ -9,6 +9,7 @@ Facts about DeepSpeed 0.19 that this file rests on, each held by a test:
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,7 @@ from pretrain.parallel import Ranks, join, seed_step
 
 Place = tuple[str, int, Tensor, dict[str, Tensor]]
 """A parameter's name, and of the part this rank owns: its offset, its fp32 master, its moments. All views."""
+_MUON = "deepspeed.runtime.zero.muon.original_muon"
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:
@@ -53,9 +55,15 @@ def import_deepspeed(device: torch.device) -> ModuleType:
         os.environ.setdefault(name, str(value))
     import deepspeed
     import deepspeed.ops
+    from deepspeed.runtime import compiler
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
+    if _MUON not in sys.modules:
+        # its Muon, which is not ours, is compiled as it is imported: more than a second of every start
+        made, compiler.compile = compiler.compile, lambda: lambda function: function
+        importlib.import_module(_MUON)
+        compiler.compile = made
     if device.type == "cpu":
         # or a compiler runs at init_distributed, and a job killed meanwhile leaves a lock that hangs all later ones
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

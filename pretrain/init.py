@@ -77,7 +77,8 @@ def residual_weight(fan_in: int, depth: int) -> Fill:
 
 def embedding(count: int, width: int) -> nn.Embedding:
     """A table of normal vectors of length about 1, so that a tied head begins with logits of size 1."""
-    table = nn.Embedding(count, width)
+    # given its memory, it draws nothing: drawing on the meta device imports torch's compiler
+    table = nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)
     declare(table, {"weight": normal(width**-0.5)})
     return table
 
