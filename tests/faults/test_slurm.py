@@ -39,7 +39,7 @@ def test_a_job_trains_on_two_nodes_and_says_so(cluster, tiny, undisturbed):
 
 
 def test_a_killed_rank_is_started_again_within_the_job(cluster, tiny, undisturbed):
-    run, job = submit(cluster, tiny, env={"LEVIATHAN_FAULT": "step.before_update:1:12"})
+    run, job = submit(cluster, tiny, QUICK, env={"LEVIATHAN_FAULT": "step.before_update:1:12"})
     assert until_over(cluster, job) == "COMPLETED", output_of(run, job)
     assert_same(run, undisturbed)
     (fault,) = events(run, "fault")
@@ -53,7 +53,7 @@ def test_a_killed_rank_is_started_again_within_the_job(cluster, tiny, undisturbe
 def test_before_its_time_is_over_a_job_saves_and_is_queued_again_five_times(cluster, tiny, undisturbed):
     rests = [2, 5, 9, 12, 16]
     slow = {"LEVIATHAN_FAULT": ",".join(f"step.before_forward:0:{step}:sleep=3" for step in rests)}
-    run, job = submit(cluster, tiny, env=slow)
+    run, job = submit(cluster, tiny, QUICK, env=slow)
     for number, step in enumerate(rests):
         wait_until(lambda wanted=step: len(run.steps()) >= wanted, seconds=JOB_S)
         cluster.run("scancel", "--batch", "--signal=USR1", job)
@@ -79,7 +79,7 @@ def test_a_wrong_configuration_fails_at_once_and_is_never_queued_again(cluster, 
 
 
 def test_a_cancelled_job_leaves_no_process(cluster, tiny):
-    run, job = submit(cluster, tiny, "train.steps=100000", "checkpoint.every=1000")
+    run, job = submit(cluster, tiny, QUICK, "train.steps=100000", "checkpoint.every=1000")
     wait_until(lambda: len(run.steps()) >= 3, seconds=JOB_S)
     cluster.run("scancel", job)
     wait_until(lambda: cluster.state(job) == "CANCELLED", seconds=60)
@@ -142,7 +142,7 @@ def test_code_that_was_changed_after_submission_does_not_run(cluster, tiny):
 
 
 def test_a_rank_that_is_stopped_is_found_and_the_run_goes_on(cluster, tiny, undisturbed):
-    run, job = submit(cluster, tiny, env={"LEVIATHAN_FAULT": "step.before_forward:1:12:stop"})
+    run, job = submit(cluster, tiny, QUICK, env={"LEVIATHAN_FAULT": "step.before_forward:1:12:stop"})
     assert until_over(cluster, job) == "COMPLETED", output_of(run, job)
     (fault,) = events(run, "fault")
     assert "no progress for" in fault
