@@ -15,8 +15,9 @@ demo: $(READY)          ## text to a trained ensemble, with a rank killed on the
 test: $(READY)          ## every test but the long ones
 	$(PYTEST) $(BESIDE) -m "not e2e" tests
 
-test-long: $(READY)     ## whole jobs with real faults, every ZeRO stage; one by one, for they measure time
-	$(PYTEST) -m e2e tests
+test-long: $(READY)     ## whole jobs with real faults, every ZeRO stage; what measures time comes last, one by one
+	$(PYTEST) $(BESIDE) -m "e2e and not alone" tests
+	$(PYTEST) -m "e2e and alone" tests
 
 test-all: test test-long ## all there are
 

@@ -24,15 +24,19 @@ from data_pipeline.config import DataConfig, SourceConfig
 from pretrain.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
-LONG_FILES = ("test_engine.py", "test_local_run.py", "test_disk.py", "test_models_ranks.py", "test_expert_parallel.py")
-"""Files that take minutes. Files are dealt to processes whole: what is long must not be what is left."""
+LONG_FILES = (
+    "test_slurm.py", "test_ray.py", "test_slurm_apart.py", "test_kills.py", "test_engine.py", "test_ensemble.py",
+    "test_reshard.py", "test_local_run.py", "test_disk.py", "test_models_ranks.py", "test_expert_parallel.py",
+)  # fmt: skip
+"""Files that take minutes, the longest first. They are dealt to processes whole: what is long must not be left over."""
 SENTENCE = "the sea holds what the land lets go and every river knows the way down to a harbour no chart has named"
 WORDS = SENTENCE.split()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take longest."""
-    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+    places = {name: number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def text(seed: int, count: int) -> str:

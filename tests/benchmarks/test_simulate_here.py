@@ -7,7 +7,7 @@ import pytest
 from benchmarks import simulate_here as here
 from benchmarks.simulate_run import Run
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.alone, pytest.mark.timeout(600)]
 
 
 def test_a_run_of_two_ranks_takes_as_long_as_its_parts_say(tmp_path):

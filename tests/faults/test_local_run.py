@@ -15,18 +15,6 @@ from pretrain.run_folder import RunFolder
 from tests.conftest import events, leviathan, losses, start_leviathan, wait_until
 
 
-@pytest.fixture(scope="module")
-def undisturbed(shards, corpus, tmp_path_factory):
-    """The same twenty steps with nothing happening."""
-    from tests.conftest import write_tiny
-
-    folder = tmp_path_factory.mktemp("undisturbed")
-    config = write_tiny(folder, shards, corpus)
-    done = leviathan("train", config, "--ranks", 2)
-    assert done.code == 0, done.err
-    return RunFolder(folder / "runs" / "tiny")
-
-
 ALONE = ("engine.name=torch", "--ranks", 1)
 """One rank of the reference engine, where neither DeepSpeed nor a second rank is what is tested: it starts faster."""
 

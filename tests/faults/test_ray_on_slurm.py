@@ -14,6 +14,7 @@ from tests.small_job import assert_same, output_of, processes_of, submit, until_
 
 pytestmark = [
     pytest.mark.e2e,
+    pytest.mark.alone,
     pytest.mark.timeout(400),
     pytest.mark.skipif(missing() is not None and os.environ.get("SLURM_TESTS") != "required", reason=missing() or ""),
 ]

@@ -13,7 +13,7 @@ import pytest
 
 from pretrain.metrics import read_offline_steps
 from pretrain.run_folder import RunFolder, read_lines
-from tests.conftest import events, leviathan, losses, start_leviathan, wait_until, write_tiny
+from tests.conftest import events, leviathan, losses, start_leviathan, wait_until
 
 pytestmark = pytest.mark.e2e
 KEY = "0123456789abcdef" * 2 + "01234567"
@@ -66,15 +66,6 @@ def test_steps_that_wandb_had_before_a_kill_are_done_again_and_not_drawn_again(t
     assert ids(run) == [run.facts()["wandb_id"]] * 2
 
 
-@pytest.fixture(scope="module")
-def without(shards: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """The same run without W&B."""
-    config = write_tiny(tmp_path_factory.mktemp("without"), shards, corpus)
-    done = leviathan("train", config, "--ranks", 2)
-    assert done.code == 0, done.err
-    return run_of(config)
-
-
 @pytest.fixture
 def nobody() -> Iterator[str]:
     """The address of a port that refuses: it is taken, and nothing listens."""
@@ -112,16 +103,17 @@ def seconds_to_the_first_step(run: RunFolder) -> float:
     return next(read_lines(run.metrics))["time"] - launched
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("server", ["nobody", "silence"])
-def test_a_server_that_cannot_be_reached_costs_no_step_and_the_run_is_logged_offline(tiny, without, server, request):
+def test_a_server_that_cannot_be_reached_costs_no_step_and_the_run_is_logged_offline(tiny, undisturbed, server, request):
     address = request.getfixturevalue(server)
     env = {"WANDB_MODE": "online", "WANDB_BASE_URL": address, "WANDB_API_KEY": KEY}
     done = leviathan("train", tiny, "--ranks", 2, "log.wandb=online", env=env)
     run = run_of(tiny)
     assert done.code == 0, done.err
-    assert seconds_to_the_first_step(run) < seconds_to_the_first_step(without) + 15
+    assert seconds_to_the_first_step(run) < seconds_to_the_first_step(undisturbed) + 15
     assert done.seconds < 90
-    assert losses(run) == losses(without)
+    assert losses(run) == losses(undisturbed)
     assert_drawn_once(run, 20)
     (warning,) = events(run, "warning")
     (folder,) = run.wandb.glob("offline-run-*")
