@@ -97,7 +97,7 @@ class RayJobs:
 
         entrypoint: a line for the shell.
         """
-        end = time.monotonic() + PATIENCE_S
+        end = time.monotonic() + self._patience_s
         while True:
             try:
                 self._ask("POST", "/api/jobs/", {"submission_id": number, "entrypoint": entrypoint})
@@ -113,7 +113,7 @@ class RayJobs:
     def job(self, number: str) -> RayJob | None:
         """A job, or None where the cluster knows none of that number."""
         try:
-            found = self._ask("GET", f"/api/jobs/{urllib.parse.quote(number)}")
+            found = self._ask("GET", f"/api/jobs/{urllib.parse.quote(number, safe='')}")
         except UnknownError:
             return None
         if "status" not in found:
@@ -122,7 +122,7 @@ class RayJobs:
 
     def stop(self, number: str) -> None:
         """Take a job from the cluster, waiting or running; it has three seconds to end by itself."""
-        self._ask("POST", f"/api/jobs/{urllib.parse.quote(number)}/stop")
+        self._ask("POST", f"/api/jobs/{urllib.parse.quote(number, safe='')}/stop")
 
     def _ask(
         self, method: str, path: str, body: dict[str, Any] | None = None, token: str | None = ""
@@ -152,7 +152,7 @@ class RayJobs:
     def _refused(self, error: urllib.error.HTTPError, with_token: bool, end: float) -> LeviathanError:
         said: list[str] = []
         with contextlib.suppress(OSError, http.client.HTTPException):
-            said = _read(error, end).decode("utf-8", "replace").strip().splitlines()
+            said = _read(error.fp, end).decode("utf-8", "replace").strip().splitlines()
         last = (said or [str(error.reason)])[-1][:300]
         if error.code in (401, 403):
             what = "refused the token" if with_token else "asks for a token"
@@ -210,11 +210,12 @@ def _is_address(address: str) -> bool:
     return plain and parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0
 
 
-def _read(answer: http.client.HTTPResponse | urllib.error.HTTPError, end: float) -> bytes:
+def _read(answer: Any, end: float) -> bytes:
     """All of an answer. Raises TimeoutError where it goes on for too long."""
-    parts = []
-    while part := answer.read1(1 << 16):
+    parts, left = [], answer.length  # which is None where the end of it is told otherwise
+    while left != 0 and (part := answer.read1(1 << 16)):
         parts.append(part)
+        left = None if left is None else left - len(part)
         if time.monotonic() > end:
             raise TimeoutError("its answer does not end")
     return b"".join(parts)

@@ -41,7 +41,9 @@ class _Cluster:
     def __init__(self, folder: RunFolder, launch: LaunchConfig, job: str) -> None:
         self._folder, self._launch, self._job = folder, launch, job
         self._nodes = slurm.nodes(os.environ["SLURM_JOB_NODELIST"])
-        self._token = folder.path / "ray.token"
+        self._token, self._ray = folder.path / "ray.token", Path(sys.executable).parent / "ray"
+        if not self._ray.exists():
+            raise ConfigError(f"there is no {self._ray}; pip install -c constraints.txt 'ray[default]'")
         self._steps: list[subprocess.Popen[bytes]] = []
         address = self._nodes[0].address
         self.address = f"{address}:{free_port(address)}"
@@ -94,9 +96,8 @@ class _Cluster:
                 f"--nodelist={names}", "--kill-on-bad-exit=0", "--wait=0", "--cpu-bind=none", "--open-mode=append",
                 f"--cpus-per-task={os.environ.get('SLURM_CPUS_ON_NODE', '1')}",
                 f"--output={logs}/ray_{log}_%t.log"]  # fmt: skip
-        ray = str(Path(sys.executable).parent / "ray")
-        start = [ray, "start", *words, f"--num-cpus={max(1, math.ceil(cores))}", "--block", "--disable-usage-stats",
-                 f"--object-store-memory={_OBJECTS_BYTES}"]  # fmt: skip
+        start = [str(self._ray), "start", *words, f"--num-cpus={max(1, math.ceil(cores))}", "--block",
+                 "--disable-usage-stats", f"--object-store-memory={_OBJECTS_BYTES}"]  # fmt: skip
         if asks.gpus_per_node is not None:
             start.append(f"--num-gpus={asks.gpus_per_node}")
         self._steps.append(subprocess.Popen([*step, *asks.wrapper, *start], env=os.environ | environment,
@@ -104,7 +105,7 @@ class _Cluster:
 
     def _wait(self, environment: dict[str, str]) -> None:
         """Until the head answers."""
-        words = [str(Path(sys.executable).parent / "ray"), "health-check", "--address", self.address]
+        words = [str(self._ray), "health-check", "--address", self.address]
         end = time.monotonic() + _UP_S
         while True:
             self.check()

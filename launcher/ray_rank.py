@@ -194,10 +194,10 @@ class _Worker:
                 "signal", f"a node is to be taken away (ranks {', '.join(map(str, info.preempted_ranks))}): saving"
             )  # fmt: skip
         self._preempted = True
+        child = self._child
         # what has only begun would die of it, and this is asked again
-        began = self._child is not None and time.monotonic() - self._started > _DEAF_S
-        if began and self._child is not None and self._child.poll() is None:
-            self._child.send_signal(signal.SIGUSR1)
+        if child is not None and child.poll() is None and time.monotonic() - self._started > _DEAF_S:
+            child.send_signal(signal.SIGUSR1)
 
     def _look(self, seconds: float) -> None:
         """Watch the rank of this worker for a while. Raises RankEndedError where it ends badly."""
