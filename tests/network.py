@@ -37,7 +37,7 @@ class Network:
     def __init__(self, nodes: int) -> None:
         self._numbers = range(1, nodes + 1)
         self._folder = Path(tempfile.mkdtemp(prefix="network-"))
-        self._subnet, self._tag = _free_subnet()
+        self._subnet, self._tag = _take_subnet()
         self._machines: dict[int, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Network:
@@ -119,7 +119,6 @@ class Network:
         _ip("-n", self._space(number), "route", "add", "blackhole", f"{self.address(other)}/32")
 
     def _build(self) -> None:
-        _ip("link", "add", self._bridge, "type", "bridge")
         _ip("addr", "add", f"{self.address()}/24", "dev", self._bridge)
         _ip("link", "set", self._bridge, "up")
         for number in self._numbers:
@@ -148,11 +147,24 @@ class Network:
         return f"{self._tag}n{number}"
 
 
-def _free_subnet() -> tuple[str, str]:
+def _take_subnet() -> tuple[str, str]:
     """The beginning of addresses that nobody here has, and a tag for the names of what belongs to them."""
-    taken = {entry.address for addresses in psutil.net_if_addrs().values() for entry in addresses}
-    number = next(n for n in count(1) if f"10.77.{n}.{_HERE}" not in taken)
+    number = next(number for number in count(1) if _take(number))
     return f"10.77.{number}", f"lv{number}"
+
+
+def _take(number: int) -> bool:
+    """Make a subnet's bridge, unless somebody has it: of two tests that look at the same moment one finds it taken."""
+    taken = {entry.address for addresses in psutil.net_if_addrs().values() for entry in addresses}
+    if f"10.77.{number}.{_HERE}" in taken:
+        return False
+    try:
+        _ip("link", "add", f"lv{number}b", "type", "bridge")
+    except RuntimeError as error:
+        if "File exists" in str(error):
+            return False
+        raise
+    return True
 
 
 def _ip(*words: str, check: bool = True) -> None:

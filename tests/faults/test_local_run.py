@@ -14,7 +14,6 @@ from pretrain.checkpoint_files import newest_readable, verify
 from pretrain.run_folder import RunFolder
 from tests.conftest import events, leviathan, losses, start_leviathan, wait_until
 
-
 ALONE = ("engine.name=torch", "--ranks", 1)
 """One rank of the reference engine, where neither DeepSpeed nor a second rank is what is tested: it starts faster."""
 

@@ -105,7 +105,7 @@ def seconds_to_the_first_step(run: RunFolder) -> float:
 
 @pytest.mark.alone
 @pytest.mark.parametrize("server", ["nobody", "silence"])
-def test_a_server_that_cannot_be_reached_costs_no_step_and_the_run_is_logged_offline(tiny, undisturbed, server, request):
+def test_a_server_out_of_reach_costs_no_step_and_the_run_is_logged_offline(tiny, undisturbed, server, request):
     address = request.getfixturevalue(server)
     env = {"WANDB_MODE": "online", "WANDB_BASE_URL": address, "WANDB_API_KEY": KEY}
     done = leviathan("train", tiny, "--ranks", 2, "log.wandb=online", env=env)
