@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from configs.errors import DONE, INTERRUPTED, PREEMPTED, CannotGoOnError, LeviathanError
+from configs.errors import CANNOT_GO_ON, DONE, INTERRUPTED, PREEMPTED, CannotGoOnError, LeviathanError
 from configs.load import load
 from launcher.config import LaunchConfig
 from launcher.on_local import LocalTeam
@@ -63,14 +63,14 @@ class Supervisor:
         fence = lease.take()
         self.listen()
         try:
-            return self._attempts(fence)
+            return self._attempts(fence, lease)
         finally:
             self._team.end()
             self._poll_console()
             self._team.close()
             lease.release()
 
-    def _attempts(self, fence: int) -> int:
+    def _attempts(self, fence: int, lease: Lease) -> int:
         history: list[Attempt] = []
         number = attempts_before(self._folder)
         while True:
@@ -81,6 +81,10 @@ class Supervisor:
             end = self._watch()
             self._team.end()
             self._poll_console()
+            if lease.lost():
+                # what happens here from now on is no part of the run's history
+                print(f"{self._folder.name} was taken over by a later start; this one ends", file=sys.stderr)
+                return CANNOT_GO_ON
             if end.code == DONE:
                 return DONE
             history.append(Attempt(began, self._newest_step(), end.code, end.cause))

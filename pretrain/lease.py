@@ -76,6 +76,10 @@ class Lease:
                 )
             yield
 
+    def lost(self) -> bool:
+        """Whether somebody else has taken it since."""
+        return bool(self._read().get("fence") != self.fence)
+
     def owner(self) -> dict[str, Any] | None:
         """Who holds it now, if anybody does."""
         held = self._read()

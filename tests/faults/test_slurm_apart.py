@@ -107,6 +107,21 @@ def test_a_cable_that_is_out_for_a_while_costs_no_more_than_a_restart(tiny, undi
         assert cluster.restarts(job) == 0
 
 
+def test_a_supervisor_that_slurm_has_lost_sight_of_does_not_hold_its_run_back(tiny, undisturbed):
+    with MiniSlurm(3, apart=True) as cluster:
+        run, job = submit_and_rest(cluster, tiny)
+        cluster.network.cut(1)  # it lives on there, and renews its lease
+        wait_until(lambda: cluster.restarts(job) == 1, seconds=90)
+        assert until_over(cluster, job) == "COMPLETED", output_of(run, job)
+        assert processes_of(run), "the first supervisor was not there to hold anything back"
+        assert_same(run, undisturbed)
+        cluster.network.mend(1)
+        wait_until(lambda: not processes_of(run), seconds=60)
+        assert_same(run, undisturbed)
+    assert len(events(run, "launch")) == 2
+    assert run.history()[-1]["event"] == "done", "what the first supervisor finds at last is no news of the run"
+
+
 def test_a_node_that_is_cut_off_is_named_before_the_run_begins(tiny):
     with MiniSlurm(3, apart=True, timeout_s=LONG_S) as cluster:
         cluster.network.cut(3)

@@ -141,6 +141,7 @@ def test_a_later_start_of_the_same_job_takes_over_at_once_and_the_earlier_one_ca
     assert time.monotonic() - began < 2
     third = Lease(tmp_path, ("slurm 7", 3))
     assert third.take() == 6, "though the second one, on this very host, lives"
+    assert second.lost() and not third.lost()
     with pytest.raises(CannotGoOnError, match="number 5, now 6"), second.held(5):
         pytest.fail("an earlier start acted")
     for lease in (second, third):
