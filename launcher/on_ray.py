@@ -52,9 +52,10 @@ ENVIRONMENT = {
 class GivenUpError(Exception):
     """No further attempt is to be made. code: of the job."""
 
-    def __init__(self, cause: str, code: int) -> None:
-        super().__init__(cause, code)
-        self.cause, self.code = cause, code
+    def __init__(self, reason: str, code: int) -> None:
+        super().__init__(reason, code)
+        # not `cause`, which Ray uses in what it makes of an error
+        self.reason, self.code = reason, code
 
 
 class DriverProcess:
@@ -114,7 +115,7 @@ def main(arguments: list[str]) -> int:
     except LeviathanError as error:
         return _tell_end(folder, str(error), error.exit_code)
     except GivenUpError as error:
-        return _tell_end(folder, error.cause, error.code)
+        return _tell_end(folder, error.reason, error.code)
 
 
 def _tell_end(folder: RunFolder, cause: str, code: int) -> int:
