@@ -78,7 +78,7 @@ class Lease:
 
     def lost(self) -> bool:
         """Whether somebody else has taken it since."""
-        return bool(self._read().get("fence") != self.fence)
+        return bool(self._read().get("fence", self.fence) != self.fence)
 
     def owner(self) -> dict[str, Any] | None:
         """Who holds it now, if anybody does."""
