@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console as Terminal
 
 from configs.errors import DONE, ConfigError, DataError, UsageError
+from data_pipeline.dataset import is_built
 from launcher.branch import Origin
 from launcher.config import LaunchConfig
 from launcher.prepare import (
@@ -37,6 +38,9 @@ from pretrain.config import RunConfig, total_steps
 from pretrain.ensemble.alone import module_run, seed_run, without_modules
 from pretrain.ensemble.config import FIRST, SECOND
 from pretrain.run_folder import RunFolder
+
+DATA = "data.yaml"
+"""In the folder of the joint run: what its shards are made of."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,14 @@ class Plan:
 def folder_of(config: RunConfig) -> RunFolder:
     """Where a run that has a name lies."""
     return RunFolder(Path(config.run.dir).expanduser() / str(config.run.name))
+
+
+def verbs(plan: Plan) -> dict[str, list[str]]:
+    """What is to be done on a cluster before and after all runs, as words of the command: shards, where there are none
+    yet, and how good all joined are on held-out text."""
+    folder, rows = plan.folder.path.resolve(), plan.config.eval.rows
+    built = {} if is_built(plan.config.data) else {"data": ["data", "build", str(folder / DATA)]}
+    return built | {"eval": ["eval", str(folder), "--rows", "all" if rows is None else str(rows)]}
 
 
 def train_ensemble(files: Sequence[str], words: Sequence[str], *, ranks: int | None, without: Sequence[str]) -> int:

@@ -1,4 +1,5 @@
-"""An ensemble as a graph of Slurm jobs: the seed, if there is one, then all modules side by side, then all joined.
+"""An ensemble as a graph of Slurm jobs: shards, the seed, if there is one, all modules side by side, all joined, and
+how good that is.
 
 Each run is a job of its own, on nodes of its own, and is mended alone (launcher/on_slurm.py); what comes after it waits
 by Slurm's dependencies. What each begins from is known when it is submitted: the last step of those before it. The same
@@ -13,13 +14,15 @@ from collections.abc import Sequence
 
 from rich.console import Console as Terminal
 
+from configs.load import to_yaml
+from data_pipeline.files import write_whole
 from launcher import slurm
 from launcher.branch import Origin
-from launcher.ensemble import Plan, folder_of, from_modules, from_seed, is_done, plan_ensemble
+from launcher.ensemble import DATA, Plan, folder_of, from_modules, from_seed, is_done, plan_ensemble, verbs
 from launcher.jobs import queued
 from launcher.prepare import has_begun, make_ready
-from launcher.snapshot import code_name
-from launcher.submit import queue, render
+from launcher.snapshot import code_name, keep_code
+from launcher.submit import queue, render, render_verb, waiting_for
 from pretrain.config import RunConfig
 from pretrain.run_folder import RunFolder
 
@@ -31,17 +34,21 @@ def submit_ensemble(files: Sequence[str], words: Sequence[str], without: Sequenc
     if dry_run:
         for folder in _folders(plan):
             sys.stdout.write(render(folder, plan.launch, folder.path / code_name()))
+        for verb, words in verbs(plan).items():
+            sys.stdout.write(render_verb(plan.folder, plan.launch, plan.folder.path / code_name(), verb, words))
         return
     slurm.check_present()
     terminal = Terminal(highlight=False)
     terminal.print(f"ensemble [bold]{plan.folder.name}[/bold]: {len(_folders(plan))} jobs of {plan.launch.nodes} nodes")
     modules: list[str] = []
     if not has_begun(plan.folder):
-        before = _seed(plan, terminal)
+        before = _seed(plan, _verb(plan, "data", [], terminal), terminal)
         for name, config in plan.alone.items():
             number = _part(f"the module {name}", config, plan, from_seed(plan, name), before, terminal)
             modules += [] if number is None else [number]
-    _part("all joined", plan.config, plan, from_modules(plan), modules, terminal)
+    joined = _part("all joined", plan.config, plan, from_modules(plan), modules, terminal)
+    if joined is not None:
+        _verb(plan, "eval", [joined], terminal)
     terminal.print("follow them with leviathan status", soft_wrap=True)
 
 
@@ -50,12 +57,33 @@ def _folders(plan: Plan) -> list[RunFolder]:
     return [*seed, *map(folder_of, plan.alone.values()), plan.folder]
 
 
-def _seed(plan: Plan, terminal: Terminal) -> list[str]:
+def _seed(plan: Plan, after: Sequence[str], terminal: Terminal) -> Sequence[str]:
     """The job that modules wait for, if there is one."""
     if plan.seed is None or all(has_begun(folder_of(run)) for run in plan.alone.values()):
+        return after
+    number = _part("the seed of all modules", plan.seed, plan, None, after, terminal)
+    return after if number is None else [number]
+
+
+def _verb(plan: Plan, verb: str, after: Sequence[str], terminal: Terminal) -> list[str]:
+    """The job of one of our other commands; none where there is nothing to do, or it is in the queue before."""
+    words, note = verbs(plan).get(verb), plan.folder.path / f"{verb}.job"
+    if words is None:
         return []
-    number = _part("the seed of all modules", plan.seed, plan, None, [], terminal)
-    return [] if number is None else [number]
+    before = slurm.job(note.read_text()) if note.exists() else None
+    if before is not None and not before.over:
+        terminal.print(f"{verb}: {before}", soft_wrap=True)
+        return [before.number]
+    plan.folder.make()
+    if verb == "data":
+        write_whole(plan.folder.path / DATA, to_yaml(plan.config).encode())
+    script = plan.folder.path / f"{verb}.sbatch"
+    write_whole(script, render_verb(plan.folder, plan.launch, keep_code(plan.folder.path), verb, words).encode())
+    number = slurm.submit(str(script), waiting_for(after))
+    write_whole(note, number.encode())
+    waits = f", after {', '.join(after)}" if after else ""
+    terminal.print(f"{verb}: leviathan {' '.join(words)} is Slurm job {number}{waits}", soft_wrap=True)
+    return [number]
 
 
 def _part(

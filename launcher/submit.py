@@ -96,28 +96,54 @@ def queue(run: Prepared, after: Sequence[str] = ()) -> str:
     write_whole(script, render(run.folder, run.launch, keep_code(run.folder.path)).encode())
     if run.launch.slurm.ray:
         write_script(run)
-    dependency = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
-    number = slurm.submit(str(script), dependency)
+    number = slurm.submit(str(script), waiting_for(after))
     run.folder.set_facts(job={"slurm": number, "submitted": time.time()}, verb="submit slurm")
     run.folder.event("submit", f"submitted as Slurm job {number}", job=number)
     return number
 
 
+def waiting_for(jobs: Sequence[str]) -> list[str]:
+    """Options of sbatch that let a job wait until others have ended well."""
+    return [f"--dependency=afterok:{':'.join(jobs)}", "--kill-on-invalid-dep=yes"] if jobs else []
+
+
 def render(folder: RunFolder, launch: LaunchConfig, code: Path) -> str:
     """The batch script of a run. Raises ConfigError where a path cannot stand in one."""
-    asks, path = launch.slurm, folder.path.resolve()
+    asks = launch.slurm
+    _check_time(asks)
     module = "launcher.ray_on_slurm" if asks.ray else "launcher.on_slurm"
-    words = [asks.python or sys.executable, "-P", "-m", module, str(path)]
-    values = {"options": _options(folder, launch), "code": str(code.resolve()), "words": words}
+    each = launch.ranks // launch.nodes
+    size = [f"--nodes={launch.nodes}", f"--ntasks-per-node={each}"]
+    options = [*_options(folder, launch, "", "slurm", size), f"--signal=B:USR1@{asks.before_limit_s}", *asks.extra]
+    return _script(launch, code, options, [module, str(folder.path.resolve())])
+
+
+def render_verb(folder: RunFolder, launch: LaunchConfig, code: Path, verb: str, words: Sequence[str]) -> str:
+    """The batch script of another command of ours for a run, on one node, with the cores that ranks have there.
+
+    verb: what the job and its log are called by. Raises ConfigError as `render` does.
+    """
+    one = launch.model_copy(update={"slurm": launch.slurm.model_copy(update={
+        "cpus_per_rank": launch.ranks // launch.nodes * (launch.slurm.cpus_per_rank or 1),
+        "gpus_per_node": launch.slurm.gpus_per_node and 1,
+    })})  # fmt: skip
+    options = [*_options(folder, one, f"-{verb}", verb, ["--nodes=1", "--ntasks=1"]), *launch.slurm.extra]
+    return _script(launch, code, options, ["launcher", *words])
+
+
+def _script(launch: LaunchConfig, code: Path, options: list[str], words: list[str]) -> str:
+    asks = launch.slurm
+    whole = [asks.python or sys.executable, "-P", "-m", *words]
+    values = {"options": options, "code": str(code.resolve()), "words": whole}
     return fill(ROOT / "slurm" / "job.sbatch", "launch.slurm.env_file", asks.env_file, values)
 
 
-def _options(folder: RunFolder, launch: LaunchConfig) -> list[str]:
-    """Of sbatch, as they stand in the script."""
+def _options(folder: RunFolder, launch: LaunchConfig, suffix: str, log: str, size: Sequence[str]) -> list[str]:
+    """Of sbatch, as they stand in every script. suffix: of the job's name; log: what its log begins with; size: how
+    many nodes and tasks."""
     asks = launch.slurm
-    _check_time(asks)
     try:
-        log = one_word(str(folder.path.resolve()), "the path").replace("%", "%%")
+        place = one_word(str(folder.path.resolve()), "the path").replace("%", "%%")
         name = one_word(folder.name, "the name")
     except ValueError as error:
         raise ConfigError(f"run {folder.name}: {error}; choose another run.name or run.dir") from None
@@ -127,15 +153,12 @@ def _options(folder: RunFolder, launch: LaunchConfig) -> list[str]:
         "cpus-per-task": asks.cpus_per_rank, "mem": asks.mem,
     }  # fmt: skip
     return [
-        f"--job-name={name}",
-        f"--nodes={launch.nodes}",
-        f"--ntasks-per-node={launch.ranks // launch.nodes}",
+        f"--job-name={name}{suffix}",
+        *size,
         *(f"--{option}={value}" for option, value in chosen.items() if value is not None),
-        f"--output={log}/slurm-%j.log",
+        f"--output={place}/{log}-%j.log",
         "--open-mode=append",
         "--requeue",
-        f"--signal=B:USR1@{asks.before_limit_s}",
-        *asks.extra,
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 
@@ -10,7 +11,7 @@ import pytest
 from pretrain.run_folder import RunFolder
 from tests.conftest import events, leviathan, losses, wait_until
 from tests.mini_slurm import MiniSlurm, missing
-from tests.small_ensemble import write_ensemble
+from tests.small_ensemble import STEPS, write_ensemble
 from tests.small_job import JOB_S, QUICK, TWO, assert_same, output_of, processes_of, submit, until_over
 
 pytestmark = [
@@ -153,7 +154,9 @@ def test_an_ensemble_is_a_graph_of_jobs_and_kills_change_nothing(cluster, shards
     configs = []
     for place in ("here", "there"):
         (tmp_path / place).mkdir()
-        configs.append(write_ensemble(tmp_path / place, shards, corpus, engine="deepspeed"))
+        # there is no shard yet where the jobs are to run: the graph begins with a build
+        there = shards if place == "here" else tmp_path / "built"
+        configs.append(write_ensemble(tmp_path / place, there, corpus, engine="deepspeed"))
     here = leviathan("ensemble", configs[0], timeout=200)
     assert here.code == 0, here.err
     kill = {"LEVIATHAN_FAULT": "step.before_update:1:4"}
@@ -167,9 +170,14 @@ def test_an_ensemble_is_a_graph_of_jobs_and_kills_change_nothing(cluster, shards
     again = leviathan("submit", "slurm", configs[1], env=cluster.env)
     assert again.code == 0, again.err
     assert [run.facts()["job"]["slurm"] for run in runs.values()] == list(jobs.values()), "what waits is not doubled"
+    before, after = ((runs["duo"].path / f"{verb}.job").read_text() for verb in ("data", "eval"))
+    assert sorted([before, *jobs.values(), after]) == [before, *jobs.values(), after], "one job for each part"
     for name, job in jobs.items():
         assert until_over(cluster, job) == "COMPLETED", output_of(runs[name], job)
         assert len(events(runs[name], "fault")) == 1
         assert_same(runs[name], RunFolder(tmp_path / "here" / "runs" / name))
+    assert until_over(cluster, after) == "COMPLETED", (runs["duo"].path / f"eval-{after}.log").read_text()
+    evaluations = [json.loads(line) for line in runs["duo"].evals.read_text().splitlines()]
+    assert [record["step"] for record in evaluations[-2:]] == [STEPS, STEPS], "by the run, and by the job after it"
     over = leviathan("submit", "slurm", configs[1], env=cluster.env)
     assert over.out.count("done before") == 1, "the joint run is all there is to ask of"
