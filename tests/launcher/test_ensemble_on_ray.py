@@ -1,0 +1,220 @@
+"""The graph of an ensemble within its job, over real processes: order, restarts, ends, and requests to leave."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher import ensemble_on_ray
+from launcher.ensemble_on_ray import GRAPH
+from pretrain.run_folder import RunFolder, step_name
+from tests.conftest import events, wait_until
+
+SECONDS = 40
+"""The longest a graph of these tests may take on two busy cores."""
+
+
+@pytest.fixture(autouse=True)
+def looks_often(monkeypatch):
+    monkeypatch.setattr(ensemble_on_ray, "_POLL_S", 0.05)
+
+
+class Graph:
+    """Runs in phases, whose drivers do what a line of bash says. diary: who began, and what they said."""
+
+    def __init__(self, folder: Path, *phases: dict[str, str]) -> None:
+        self.whole, self.diary = RunFolder(folder / "whole"), folder / "diary"
+        self.diary.touch()
+        self.runs = {name: RunFolder(folder / name) for phase in phases for name in phase}
+        self.whole.make()
+        for phase in phases:
+            for name, lines in phase.items():
+                run = self.runs[name]
+                run.make()
+                tell = f'say() {{ echo "$@" >> {self.diary}; }}; N=$(ls {run.path} | grep -c began)'
+                text = f"trap '' USR1\n{tell}\ntouch {run.path}/began$N\nsay {name}\n{lines}\n"
+                (run.path / "job.sh").write_text(text)
+        paths = [[str(self.runs[name].path) for name in phase] for phase in phases]
+        (self.whole.path / GRAPH).write_text(json.dumps(paths))
+        # a fork: what the command imports need not be imported again by each test
+        self.process = multiprocessing.get_context("fork").Process(target=self._drive)
+
+    def _drive(self) -> None:
+        sys.exit(ensemble_on_ray.main([str(self.whole.path)]))
+
+    def start(self) -> int:
+        """Begin; return the number of the process."""
+        self.process.start()
+        assert self.process.pid is not None
+        return self.process.pid
+
+    def end(self) -> int:
+        """The exit code of the job; nothing that it started is left."""
+        if self.process.pid is None:
+            self.start()
+        self.process.join(SECONDS)
+        over = self.process.exitcode is not None
+        self.process.kill()
+        assert over, self.said()
+        assert not self.processes()
+        return int(self.process.exitcode or 0)
+
+    def processes(self) -> list[psutil.Process]:
+        """What works on any of the runs."""
+        folder = str(self.whole.path.parent)
+        return [p for p in psutil.process_iter(["cmdline"]) if folder in " ".join(p.info["cmdline"] or [])]
+
+    def said(self) -> list[str]:
+        return self.diary.read_text().split("\n")[:-1]
+
+
+def test_a_phase_begins_when_all_of_the_one_before_are_done(tmp_path):
+    graph = Graph(
+        tmp_path, {"seed": "sleep 0.3; say seed-done"},
+        {"a": "sleep 0.2; say a-done", "b": "sleep 0.6; say b-done"}, {"whole": "say whole-done"},
+    )  # fmt: skip
+    assert graph.end() == 0
+    said = graph.said()
+    assert said[:2] == ["seed", "seed-done"]
+    assert sorted(said[2:4]) == ["a", "b"]
+    assert said[4:] == ["a-done", "b-done", "whole", "whole-done"]
+
+
+def test_a_killed_driver_is_started_again_and_others_do_not_notice(tmp_path):
+    graph = Graph(tmp_path, {"a": "[ $N = 1 ] || kill -9 $$", "b": "sleep 0.2"}, {"whole": "true"})
+    assert graph.end() == 0
+    assert graph.said().count("a") == 2
+    assert graph.said().count("b") == 1
+    assert graph.said()[-1] == "whole"
+    assert events(graph.runs["a"], "fault") == ["the driver of a died: SIGKILL"]
+    assert not events(graph.runs["b"], "fault")
+
+
+def test_a_driver_that_is_killed_again_and_again_is_given_up_and_what_follows_never_begins(tmp_path):
+    graph = Graph(tmp_path, {"a": "kill -11 $$", "b": "sleep 0.1; say b-done"}, {"whole": "true"})
+    assert graph.end() == 70
+    assert graph.said().count("a") == 3
+    assert "b-done" in graph.said()
+    assert "whole" not in graph.said()
+    (stop,) = [event for event in graph.runs["a"].history() if event["event"] == "stop"]
+    assert stop["code"] == 70
+    assert "3 attempts in a row ended without a new checkpoint" in stop["message"]
+    assert "the driver of a died: SIGSEGV" in stop["message"]
+
+
+def test_a_driver_that_is_killed_goes_on_as_long_as_checkpoints_advance(tmp_path):
+    saves = f"mkdir -p {tmp_path}/a/checkpoints/step_00000000$((N + 1)); [ $N -ge 4 ] || kill -9 $$"
+    graph = Graph(tmp_path, {"a": saves})
+    assert graph.end() == 0
+    assert graph.said().count("a") == 5
+    assert (graph.runs["a"].checkpoints / step_name(5)).is_dir()
+
+
+@pytest.mark.parametrize("code", [65, 70, 75, 78, 130, 1])
+def test_a_driver_that_ends_by_itself_has_tried_all_there_is(tmp_path, code):
+    graph = Graph(tmp_path, {"a": f"exit {code}", "b": "true"}, {"whole": "true"})
+    assert graph.end() == code
+    assert sorted(graph.said()) == ["a", "b"]
+
+
+def test_a_run_that_was_asked_to_stop_before_its_turn_never_begins(tmp_path):
+    graph = Graph(tmp_path, {"a": "sleep 0.3", "b": "say b-ran"}, {"whole": "true"})
+    graph.runs["b"].stop_request.touch()
+    assert graph.end() == 130
+    assert graph.said() == ["a"]
+
+
+def test_a_run_that_was_asked_to_stop_while_its_driver_was_killed_is_not_started_again(tmp_path):
+    graph = Graph(tmp_path, {"a": f"touch {tmp_path}/a/stop.request; kill -9 $$"})
+    assert graph.end() == 130
+    assert graph.said() == ["a"]
+
+
+LISTENS = """exec {python} -c '
+import os, signal, sys, time
+def say(words):
+    with open("{diary}", "a") as file:
+        print(words, file=file)
+def leave(number, frame):
+    say("asked-{name}-%d" % number)
+    sys.exit(75)
+signal.signal(signal.SIG{signal}, leave)
+say("ready-{name}")
+time.sleep(60)
+' {diary}"""
+
+
+def listening(folder, name, kind):
+    return LISTENS.format(python=sys.executable, diary=folder / "diary", name=name, signal=kind)
+
+
+@pytest.mark.parametrize("kind", ["TERM", "USR1", "INT"])
+def test_a_request_reaches_every_driver_and_nothing_is_started_after_it(tmp_path, kind):
+    graph = Graph(tmp_path, {n: listening(tmp_path, n, kind) for n in ("a", "b")}, {"whole": "true"})
+    process = graph.start()
+    wait_until(lambda: {"ready-a", "ready-b"} <= set(graph.said()), SECONDS)
+    os.kill(process, getattr(signal, f"SIG{kind}"))
+    assert graph.end() == 75
+    number = int(getattr(signal, f"SIG{kind}"))
+    assert sorted(graph.said()[4:]) == [f"asked-a-{number}", f"asked-b-{number}"]
+
+
+def test_a_request_that_comes_while_drivers_only_begin_is_not_lost(tmp_path):
+    """A shell that has not yet read its first line would die of it; one that has would never hear it."""
+    graph = Graph(tmp_path, {"a": f"sleep 1; {listening(tmp_path, 'a', 'USR1')}"}, {"whole": "true"})
+    process = graph.start()
+    wait_until(lambda: graph.said() == ["a"], SECONDS)
+    os.kill(process, signal.SIGUSR1)
+    assert graph.end() == 75
+    assert graph.said() == ["a", "ready-a", "asked-a-10"]
+
+
+def test_a_driver_that_dies_of_the_request_is_not_started_again(tmp_path):
+    graph = Graph(tmp_path, {"a": "exec sleep 60"}, {"whole": "true"})
+    process = graph.start()
+    wait_until(lambda: graph.said() == ["a"], SECONDS)
+    os.kill(process, signal.SIGTERM)
+    assert graph.end() == 75
+    assert graph.said() == ["a"]
+
+
+def test_a_request_between_two_attempts_is_heeded(tmp_path):
+    graph = Graph(tmp_path, {"a": "kill -9 $$"}, {"whole": "true"})
+    process = graph.start()
+    wait_until(lambda: events(graph.runs["a"], "fault"), SECONDS)
+    os.kill(process, signal.SIGTERM)
+    assert graph.end() == 75
+    assert "whole" not in graph.said()
+
+
+def test_drivers_die_with_the_job(tmp_path):
+    """As every driver does: it has the kernel see to that."""
+    lines = (
+        f"exec {sys.executable} -c 'from pretrain.run import die_with_parent; die_with_parent();"
+        f' import time; open("{tmp_path}/diary", "a").write("bound\\n"); time.sleep(60)\' {tmp_path}'
+    )
+    graph = Graph(tmp_path, {"a": lines})
+    process = graph.start()
+    wait_until(lambda: "bound" in graph.said(), SECONDS)
+    os.kill(process, signal.SIGKILL)
+    wait_until(lambda: not graph.processes(), 10)
+
+
+def test_it_waits_without_using_the_processor(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    graph = Graph(tmp_path, {"a": "sleep 4"})
+    process = graph.start()
+    wait_until(lambda: graph.said() == ["a"], SECONDS)
+    used = psutil.Process(process).cpu_times()
+    time.sleep(2)
+    now = psutil.Process(process).cpu_times()
+    assert now.user + now.system - used.user - used.system < 0.2
+    assert graph.end() == 0
