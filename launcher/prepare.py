@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import subprocess
@@ -152,11 +151,14 @@ def check_rows(config: RunConfig, ranks: int) -> None:
 
 def most_ranks(config: RunConfig, most: int) -> int:
     """The most ranks, up to `most`, to which the global batch can be dealt. Raises ConfigError where there are none."""
+    reasons = []
     for ranks in range(most, 0, -1):
-        with contextlib.suppress(ConfigError):
+        try:
             check_rows(config, ranks)
             return ranks
-    raise ConfigError(f"no number of ranks up to {most} divides train.batch_rows {config.train.batch_rows}; change it")
+        except ConfigError as error:
+            reasons.append(str(error))
+    raise ConfigError(f"no number of ranks up to {most} will do: {reasons[0]}")
 
 
 def _below(layers: Layers, name: str) -> dict[Any, Any]:
