@@ -1,4 +1,4 @@
-"""An ensemble as one Ray job: the seed, if there is one, then all modules side by side, then all joined.
+"""An ensemble as one Ray job: shards, the seed, if there is one, all modules side by side, all joined, an evaluation.
 
 Every run has a driver of its own (launcher/on_ray.py) and through it placement groups of its own, so each is mended
 alone, and those that the cluster has no room for wait. This job's process, `python -m launcher.ensemble_on_ray FOLDER`,
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -20,13 +21,15 @@ from types import FrameType
 from rich.console import Console as Terminal
 
 from configs.errors import DONE
+from configs.load import to_yaml
+from data_pipeline.dataset import is_built
 from data_pipeline.files import write_whole
 from launcher.branch import Origin
-from launcher.ensemble import Plan, folder_of, from_modules, from_seed, is_done, plan_ensemble
+from launcher.ensemble import DATA, Plan, folder_of, from_modules, from_seed, is_done, plan_ensemble, verbs
 from launcher.jobs import check_not_queued, queued
 from launcher.on_ray import DriverProcess, asked_code, code_of_job
 from launcher.prepare import has_begun, make_ready
-from launcher.ray_jobs import RayJob, RayJobs
+from launcher.ray_jobs import SCRIPT, RayJob, RayJobs
 from launcher.restart import Attempt, decide
 from launcher.submit_ray import queue, write_script
 from launcher.supervise import REQUESTS
@@ -34,7 +37,7 @@ from launcher.watch import signal_name
 from pretrain.config import RunConfig
 from pretrain.run_folder import RunFolder
 
-GRAPH = "graph.json"
+GRAPH, VERBS = "graph.json", "verbs.json"
 _POLL_S = 0.5
 
 
@@ -50,6 +53,9 @@ def submit_ensemble(files: Sequence[str], words: Sequence[str], without: Sequenc
     if not runs:
         return DONE
     write_whole(plan.folder.path / GRAPH, json.dumps([[str(r.path.resolve()) for r in p] for p in phases]).encode())
+    if not is_built(plan.config.data):
+        write_whole(plan.folder.path / DATA, to_yaml(plan.config).encode())
+    write_whole(plan.folder.path / VERBS, json.dumps(verbs(plan)).encode())
     number, new = queue(plan.folder, jobs, "launcher.ensemble_on_ray", runs)
     whose = "" if new else ", submitted by somebody else a moment ago"
     terminal.print(f"ensemble [bold]{plan.folder.name}[/bold]: {len(runs)} runs, Ray job [bold]{number}[/bold]{whose}")
@@ -149,6 +155,21 @@ class _Drivers:
             time.sleep(_POLL_S)
         return next((life.code for life in lives if life.code), DONE)
 
+    def call(self, folder: RunFolder, words: Sequence[str]) -> int:
+        """Another command of ours, to its end; return its exit code. A request to leave kills it: it can go on later."""
+        print(f"leviathan {' '.join(words)}", flush=True)
+        process = subprocess.Popen(
+            ["bash", str(folder.path / SCRIPT), "launcher", *words], stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        try:
+            while process.poll() is None and self._asked is None:
+                time.sleep(_POLL_S)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        return code_of_job(process.returncode, self._asked)
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._asked = self._asked or number
 
@@ -156,13 +177,18 @@ class _Drivers:
 def main(arguments: list[str]) -> int:
     """Drive all runs of a graph; return the exit code of the job."""
     os.umask(0o077)  # a run is its owner's alone
-    phases = json.loads((Path(arguments[0]) / GRAPH).read_bytes())
-    drivers = _Drivers()
-    for phase in phases:
-        code = drivers.drive([RunFolder(Path(path)) for path in phase])
+    folder = RunFolder(Path(arguments[0]))
+    phases = json.loads((folder.path / GRAPH).read_bytes())
+    verbs_of = json.loads((folder.path / VERBS).read_bytes()) if (folder.path / VERBS).exists() else {}
+    drivers, code = _Drivers(), DONE
+    if "data" in verbs_of:
+        cluster = ["--on", "ray", "--address", os.environ.get("RAY_ADDRESS", "auto")]
+        code = drivers.call(folder, [*verbs_of["data"], *cluster])
         if code != DONE:
-            return code
-    return DONE
+            folder.event("stop", f"stopped: its shards could not be built (exit {code})", code=code, step=0)
+    for phase in phases:
+        code = code or drivers.drive([RunFolder(Path(path)) for path in phase])
+    return code or (drivers.call(folder, verbs_of["eval"]) if "eval" in verbs_of else DONE)
 
 
 def _saved(folder: RunFolder) -> int:

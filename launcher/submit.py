@@ -182,12 +182,12 @@ def _check_time(asks: SlurmConfig) -> None:
 
 
 def _cluster_words(files: Sequence[str], words: Sequence[str], asked: Asked) -> list[str]:
-    """Nodes and ranks as the command line asks for them: a rank for each GPU where GPUs are asked for."""
+    """Nodes and ranks as the command line asks for them: a rank for each GPU, or node, where nothing is said."""
     values = {"nodes": asked.nodes, "ranks": asked.ranks}
     said = {match.group(1) for word in words if (match := re.match(r"launch\.(ranks|nodes)=", word))}
     chosen = [f"launch.{name}={value}" for name, value in values.items() if value is not None]
     if asked.ranks is None and "ranks" not in said and asked.nodes is not None:
-        _, launch = resolve(files, [*words, f"launch.ranks={asked.nodes}", f"launch.nodes={asked.nodes}"])
-        if launch.slurm.gpus_per_node is not None:
-            chosen.append(f"launch.ranks={asked.nodes * launch.slurm.gpus_per_node}")
+        _, launch = resolve(files, [*words, "launch.nodes=1"])
+        if launch.slurm.gpus_per_node is not None or launch.ranks == 1:
+            chosen.append(f"launch.ranks={asked.nodes * (launch.slurm.gpus_per_node or 1)}")
     return chosen

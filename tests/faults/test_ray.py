@@ -13,7 +13,7 @@ from launcher.ray_jobs import RayJobs
 from pretrain.run_folder import RunFolder
 from tests.conftest import events, leviathan, losses, start_leviathan, wait_until, write_tiny
 from tests.mini_ray import MiniRay
-from tests.small_ensemble import write_ensemble
+from tests.small_ensemble import STEPS, write_ensemble
 from tests.small_job import assert_same, processes_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(500)]
@@ -172,12 +172,14 @@ def test_an_ensemble_is_one_job_of_many_runs_and_kills_change_nothing(cluster, s
     configs = []
     for place in ("here", "there"):
         (tmp_path / place).mkdir()
-        configs.append(write_ensemble(tmp_path / place, shards, corpus, engine="deepspeed"))
+        # there is no shard yet where the job is to run: the graph begins with a build
+        there = shards if place == "here" else tmp_path / "built"
+        configs.append(write_ensemble(tmp_path / place, there, corpus, engine="deepspeed"))
     here = leviathan("ensemble", configs[0], timeout=200)
     assert here.code == 0, here.err
     kill = {"LEVIATHAN_FAULT": "step.before_update:1:4"}
     done = leviathan("submit", "ray", configs[1], "--address", cluster.dashboard, "launch.preflight=false",
-                     env=cluster.env | kill)  # fmt: skip
+                     "launch.ray.cpus_per_rank=0.5", env=cluster.env | kill)  # fmt: skip
     assert done.code == 0, done.err
     runs = {name: RunFolder(tmp_path / "there" / "runs" / name) for name in ("duo-letters", "duo-lists", "duo")}
     wait_until(lambda: events(runs["duo-lists"], "launch"), seconds=JOB_S)
@@ -190,5 +192,7 @@ def test_an_ensemble_is_one_job_of_many_runs_and_kills_change_nothing(cluster, s
         assert run.facts()["job"]["ray"] == job.number
         assert losses(run) == losses(RunFolder(tmp_path / "here" / "runs" / name))
         assert_same(run, RunFolder(tmp_path / "here" / "runs" / name))
+    evaluations = [json.loads(line) for line in runs["duo"].evals.read_text().splitlines()]
+    assert [record["step"] for record in evaluations[-2:]] == [STEPS, STEPS], "by the run, and by the job after it"
     over = leviathan("submit", "ray", configs[1], "--address", cluster.dashboard, env=cluster.env)
     assert over.out.count("done before") == 1
