@@ -73,7 +73,7 @@ def ray_executor(address: str, cores: int | None = None) -> Iterator[RayTasks]:
     Raises ConfigError where no cluster answers there, or Ray is too old.
     """
     ray = import_ray()
-    _check_reachable(address)
+    check_reachable(address)
     # a cluster that asks for a token is told the one of RAY_AUTH_TOKEN, or of ~/.ray/auth_token, by Ray itself
     environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     try:
@@ -92,7 +92,7 @@ def ray_executor(address: str, cores: int | None = None) -> Iterator[RayTasks]:
         ray.shutdown()
 
 
-def _check_reachable(address: str) -> None:
+def check_reachable(address: str) -> None:
     """Raises ConfigError where nobody listens: Ray itself would try for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():

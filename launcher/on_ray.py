@@ -20,7 +20,7 @@ from typing import Any
 
 from configs.errors import CANNOT_GO_ON, INTERRUPTED, PREEMPTED, ConfigError, LeviathanError
 from configs.load import load
-from data_pipeline.on_ray import import_ray
+from data_pipeline.on_ray import check_reachable, import_ray
 from launcher.config import LaunchConfig
 from launcher.ray_jobs import SCRIPT
 from launcher.restart import Attempt, decide
@@ -136,6 +136,7 @@ class _Driver:
         ray = import_ray()
         self._listen()
         address = os.environ.get("RAY_ADDRESS", "auto")
+        check_reachable(address)
         try:
             ray.init(address=address, runtime_env={"env_vars": ENVIRONMENT}, log_to_driver=True,
                      logging_level="warning")  # fmt: skip

@@ -356,11 +356,18 @@ def test_a_folder_that_holds_no_run_is_told_in_one_sentence(tmp_path):
     assert (stop["event"], stop["code"]) == ("stop", 2)
 
 
-def test_a_cluster_that_is_not_there_is_told_in_one_sentence(run):
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1 (Connection refused); check the address"),
+        ("not an address", "'not an address' is no address of a Ray cluster; write HOST:PORT"),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_told_in_one_sentence(run, address, told):
     run.launch.write_text(json.dumps({"ranks": 1}))
-    done = drive(run.path, RAY_ADDRESS="not an address", RAY_AUTH_MODE="disabled")
+    done = drive(run.path, RAY_ADDRESS=address, RAY_AUTH_MODE="disabled")
     assert done.returncode == 78
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: no Ray cluster answers at not an address (")
+    assert done.stderr.splitlines()[-1].startswith(f"error: {told}")
     assert events(run, "stop")
     assert json.loads((run.path / "lease.json").read_bytes()).keys() == {"fence"}
