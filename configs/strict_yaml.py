@@ -89,6 +89,9 @@ def _compose(text: str, source: str, parsed: Parsed, *, one_line: bool = False) 
                 where = source if one_line else f"{source}:{token.start_mark.line + 1}"
                 parsed.mistakes.append(f"{where}: anchors, aliases and tags are not used here; write the value out")
                 return None
+            if one_line and isinstance(token, yaml.DocumentStartToken | yaml.DocumentEndToken | yaml.DirectiveToken):
+                parsed.mistakes.append(f"{source}: {text!r} is no value to YAML; put it in quotes")
+                return None
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

@@ -156,7 +156,7 @@ class _Drivers:
         return next((life.code for life in lives if life.code), DONE)
 
     def call(self, folder: RunFolder, words: Sequence[str]) -> int:
-        """Another command of ours, to its end; return its exit code. A request to leave kills it: it can go on later."""
+        """Another command of ours, to its end; return its exit code. A request to leave kills it."""
         print(f"leviathan {' '.join(words)}", flush=True)
         process = subprocess.Popen(
             ["bash", str(folder.path / SCRIPT), "launcher", *words], stdin=subprocess.DEVNULL, start_new_session=True

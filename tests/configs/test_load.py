@@ -170,3 +170,9 @@ def test_no_bytes_bring_anything_but_a_configuration_or_a_sentence(tmp_path_fact
     path.write_bytes(data)
     with contextlib.suppress(ConfigError):
         load(Run, [path])
+
+
+@pytest.mark.parametrize("text", ["---", "...", "--- a", "%a"])
+def test_a_word_that_yaml_would_read_as_something_else_is_refused(text):
+    with pytest.raises(ConfigError, match=r"put it in quotes|not valid YAML"):
+        read([], [f"run.name={text}"])

@@ -22,7 +22,8 @@ NASTY = st.one_of(
     st.sampled_from([
         "a; touch pwned", "$(touch pwned)", "`touch pwned`", "a\n#SBATCH --uid=0", "a\r#SBATCH --wrap=x", "'", '"',
         "\\",
-        "a b", "a\u2028b", "-", "--uid=0", "", "*", "~", "main,debug", "a%j", "x\x00y", "${HOME}", "a&&b", "|cat",
+        "a b", "a\u2028b", "-",
+        "---", "...", "--- a", "%a", "--uid=0", "", "*", "~", "main,debug", "a%j", "x\x00y", "${HOME}", "a&&b", "|cat",
     ]),
     st.text(alphabet="abzAZ019._:@=,+/%-", min_size=1, max_size=40),
 )  # fmt: skip
