@@ -22,6 +22,7 @@ os.environ.setdefault("COLUMNS", "200")
 from data_pipeline.build import build
 from data_pipeline.config import DataConfig, SourceConfig
 from pretrain.run_folder import RunFolder
+from tests.ranks import end_all
 
 ROOT = Path(__file__).parents[1]
 LONG_FILES = (
@@ -46,6 +47,13 @@ def text(seed: int, count: int) -> str:
         state = (state * 1103515245 + 12345) % 2**31
         out.append(WORDS[state % len(WORDS)])
     return " ".join(out) + "."
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_ranks_left() -> Iterator[None]:
+    """Ranks that do the tasks of a file's tests end with it."""
+    yield
+    end_all()
 
 
 @pytest.fixture(scope="session")

@@ -126,9 +126,9 @@ def test_a_disk_that_fills_in_the_middle_of_a_save_costs_that_save_alone(tiny, d
     assert list(run.steps()) == list(range(1, last + 1))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
-    "left",
-    [pytest.param(0, id="not one block free", marks=pytest.mark.e2e), pytest.param(NOT_ENOUGH, id="some blocks free")],
+    "left", [pytest.param(0, id="not one block free"), pytest.param(NOT_ENOUGH, id="some blocks free")]
 )
 def test_after_so_many_saves_in_a_row_without_room_the_run_stops_with_70_and_the_reason(tiny, disk, left):
     process = start_leviathan("train", tiny, f"run.dir={disk}", *LONG, "checkpoint.max_failures=3")

@@ -86,6 +86,7 @@ def test_interrupted_once_it_finishes_the_step_saves_and_leaves_with_130(tiny):
     assert not ranks_alive(run)
 
 
+@pytest.mark.e2e
 def test_interrupted_twice_it_stops_at_once_and_what_was_saved_is_valid(tiny):
     slow = {"LEVIATHAN_FAULT": "step.before_forward:0:7:sleep=60"}
     process = start_leviathan("train", tiny, *ALONE, env=slow)
@@ -136,6 +137,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_told_with_its_rows(tiny):
     assert newest_readable(run).facts["data"]["rows"] == 160
 
 
+@pytest.mark.e2e
 def test_a_second_job_in_the_same_folder_is_refused_at_once(tiny):
     slow = {"LEVIATHAN_FAULT": "step.before_forward:0:3:sleep=30"}
     first = start_leviathan("train", tiny, *ALONE, env=slow)
@@ -151,6 +153,7 @@ def test_a_second_job_in_the_same_folder_is_refused_at_once(tiny):
     first.wait(timeout=20)
 
 
+@pytest.mark.e2e
 def test_no_rank_outlives_its_supervisor(tiny):
     slow = {"LEVIATHAN_FAULT": "step.before_forward:0:7:sleep=60"}
     process = start_leviathan("train", tiny, "--ranks", 2, "log.wandb=offline", env=slow)

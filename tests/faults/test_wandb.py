@@ -103,7 +103,6 @@ def seconds_to_the_first_step(run: RunFolder) -> float:
     return next(read_lines(run.metrics))["time"] - launched
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("server", ["nobody", "silence"])
 def test_a_server_out_of_reach_costs_no_step_and_the_run_is_logged_offline(tiny, undisturbed, server, request):
     address = request.getfixturevalue(server)

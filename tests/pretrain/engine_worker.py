@@ -1,4 +1,4 @@
-"""What ranks do in the engine tests: `python -m tests.pretrain.engine_worker TASK OUT ARGUMENTS`.
+"""What ranks do in the engine tests: tasks that `run_ranks` asks for.
 
 One pair of processes runs a whole matrix, since starting them costs more than training.
 """

@@ -1,4 +1,4 @@
-"""What ranks do in the tests of expert parallelism: `python -m tests.pretrain.expert_worker TASK OUT ARGUMENTS`."""
+"""What ranks do in the tests of expert parallelism: tasks that `run_ranks` asks for."""
 
 from __future__ import annotations
 
