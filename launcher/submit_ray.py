@@ -187,9 +187,7 @@ def fill(template: Path, key: str, env_file: str | None, values: Mapping[str, ob
     text = environment.get_template(template.name).render(places | dict(values))
     strange = next((line for line in text.split("\n") if _STRANGE.search(line)), None)
     if strange is not None:
-        raise ConfigError(
-            f"no script can hold the line {strange!r}, with a NUL or bytes that are no text; change it"
-        )
+        raise ConfigError(f"no script can hold the line {strange!r}, with a NUL or bytes that are no text; change it")
     return text
 
 

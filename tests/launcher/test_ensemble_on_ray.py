@@ -178,12 +178,13 @@ def test_a_request_that_comes_while_drivers_only_begin_is_not_lost(tmp_path):
 
 
 def test_a_driver_that_dies_of_the_request_is_not_started_again(tmp_path):
-    graph = Graph(tmp_path, {"a": "exec sleep 60"}, {"whole": "true"})
+    graph = Graph(tmp_path, {"a": f"exec -a {tmp_path}/a sleep 60"}, {"whole": "true"})
     process = graph.start()
     wait_until(lambda: graph.said() == ["a"], SECONDS)
     os.kill(process, signal.SIGTERM)
     assert graph.end() == 75
     assert graph.said() == ["a"]
+    assert not events(graph.runs["a"], "fault")
 
 
 def test_a_request_between_two_attempts_is_heeded(tmp_path):

@@ -105,14 +105,14 @@ def test_a_request_reaches_the_driver_when_it_listens(tmp_path, pause):
 
 
 def test_a_driver_that_dies_of_a_request_was_preempted(tmp_path):
-    driven = Driven(tmp_path, "exec sleep 60")
+    driven = Driven(tmp_path, f"exec -a {tmp_path}/run sleep 60")
     wait_until(lambda: driven.there("began"), SECONDS)
     os.kill(driven.process.pid, signal.SIGTERM)
     assert driven.end() == 75
 
 
 def test_a_driver_does_not_outlive_its_cluster(tmp_path):
-    driven = Driven(tmp_path, "exec sleep 60")
+    driven = Driven(tmp_path, f"exec -a {tmp_path}/run sleep 60")
     wait_until(lambda: driven.there("began"), SECONDS)
     began = time.monotonic()
     (driven.run.path / "gone").touch()
