@@ -127,6 +127,7 @@ def test_a_node_that_does_not_report_is_named(tmp_path):
     assert [(finding.host, finding.stops) for finding in silent] == [("n2", True), ("n3", True)]
 
 
+@pytest.mark.e2e
 def test_two_nodes_measure_themselves_and_each_other(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.make()

@@ -375,7 +375,14 @@ def server() -> Iterator[Server]:
     thread.join()
 
 
-@pytest.mark.parametrize(("lag", "shift"), [(0, 0), (4, 0), (0, 5)], ids=["plain", "old summary", "synced with gaps"])
+@pytest.mark.parametrize(
+    ("lag", "shift"),
+    [
+        pytest.param(0, 0, id="plain"),
+        pytest.param(4, 0, id="old summary", marks=pytest.mark.e2e),
+        pytest.param(0, 5, id="synced with gaps", marks=pytest.mark.e2e),
+    ],
+)
 def test_an_online_run_goes_on_where_the_server_stands(folder: RunFolder, server: Server, lag: int, shift: int) -> None:
     finish(begin(folder, 1, 30, mode="online", address=server.address))
     # a kill: the last rows never arrived

@@ -76,6 +76,7 @@ def test_strangers_at_the_door_are_no_ranks(port):
         stray.close()
 
 
+@pytest.mark.e2e
 def test_a_rank_of_an_earlier_attempt_is_not_met(port):
     first = start(0, port)
     connected(port).close()
@@ -95,5 +96,6 @@ def test_ranks_listen_at_the_address_they_are_told_and_nowhere_else(port):
     assert ended(first, start(1, port)) == [(0, "2"), (0, "2")]
 
 
+@pytest.mark.e2e
 def test_ranks_meet_over_ipv6_too(port):
     assert ended(start(0, port, host="::1"), start(1, port, host="::1")) == [(0, "2"), (0, "2")]
