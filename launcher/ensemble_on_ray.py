@@ -168,7 +168,7 @@ class _Drivers:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        return code_of_job(process.returncode, self._asked)
+        return asked_code(self._asked) if process.returncode < 0 and self._asked is not None else process.returncode
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._asked = self._asked or number
