@@ -24,6 +24,7 @@ from data_pipeline.on_ray import check_reachable, import_ray
 from launcher.config import LaunchConfig
 from launcher.ray_jobs import SCRIPT
 from launcher.restart import Attempt, decide
+from launcher.room import Waiting
 from launcher.runs import attempts_before, newest_row
 from launcher.snapshot import ROOT, check_code
 from launcher.supervise import REQUESTS
@@ -109,7 +110,7 @@ def main(arguments: list[str]) -> int:
         lease = Lease(folder.path)
         fence = lease.take()
         try:
-            return _Driver(folder, launch, fence).run()
+            return _Driver(folder, launch, lease, fence).run()
         finally:
             lease.release()
     except LeviathanError as error:
@@ -127,8 +128,8 @@ def _tell_end(folder: RunFolder, cause: str, code: int) -> int:
 class _Driver:
     """One job of a run."""
 
-    def __init__(self, folder: RunFolder, launch: LaunchConfig, fence: int) -> None:
-        self._folder, self._launch, self._fence = folder, launch, fence
+    def __init__(self, folder: RunFolder, launch: LaunchConfig, lease: Lease, fence: int) -> None:
+        self._folder, self._launch, self._lease, self._fence = folder, launch, lease, fence
         self._asked: int | None = None
 
     def run(self) -> int:
@@ -183,11 +184,25 @@ class _Driver:
                 callbacks=[failures(told.folder, self._launch.max_restarts)],
             ),
         )  # fmt: skip
+        ranks_wanted = f"{asks.min_ranks or ranks} ranks of {asks.cpus_per_rank:g} cores{' and a GPU' * asks.gpus}"
+        waiting = Waiting(self._folder, ranks_wanted, self._leave)
+        waiting.start()
         try:
             result: Any = trainer.fit()
             return int(result.return_value)
         except train.TrainingFailedError as error:
             raise _given_up(error) from None
+        finally:
+            waiting.close()
+
+    def _leave(self) -> None:
+        """End the run while it has no ranks: nothing is lost, and Ray Train would go on waiting."""
+        code = asked_code(self._asked)
+        self._folder.event("stop", "stopped: stopped as asked, while it waited for room", code=code,
+                           step=_saved(self._folder))  # fmt: skip
+        self._folder.stop_request.unlink(missing_ok=True)
+        self._lease.release()
+        os._exit(code)
 
     def _listen(self) -> None:
         for number in REQUESTS:

@@ -51,7 +51,7 @@ def test_what_imports_read_comes_from_storage_once_a_node():
 
 def test_looks_that_every_rank_makes_grow_with_ranks_unless_they_are_shared():
     machine = replace(FREE, looks=1000.0, look_s=0.01)  # one process alone: 100 a second
-    job = replace(SMALL, shards=1000, ranks=40)
+    job = replace(SMALL, shards=1000, ranks=40, shared_looks=False)
     alone = Run(machine, replace(job, ranks=1)).simulate()
     assert alone.phases["sizes of shards"] == pytest.approx(10.0)
     each = Run(machine, job).simulate()
