@@ -25,16 +25,16 @@ class Waiting(threading.Thread):
 
     def run(self) -> None:
         """Look once a second."""
-        told = False
+        told: float | None = None
         while not self._over.wait(LOOK_S):
             since = self.since()
             if since is None:
-                told = False
-            elif self._folder.stop_request.exists():
+                continue
+            if self._folder.stop_request.exists():
                 self._leave()
                 return
-            elif not told and time.time() - since > TOLD_AFTER_S:
-                told = True
+            if since != told and time.time() - since > TOLD_AFTER_S:
+                told = since
                 self._folder.event(
                     "warning", f"the cluster has no room for {self._wanted}; the run waits until there is, or until"
                     " `leviathan stop` ends it",
