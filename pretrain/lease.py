@@ -159,6 +159,8 @@ def _alive(held: dict[str, Any]) -> bool:
     if held.get("host") != socket.gethostname():
         return False
     try:
-        return abs(psutil.Process(held["pid"]).create_time() - held["started"]) < 0.01
+        owner = psutil.Process(held["pid"])
+        # one that has ended may stay in the list for a while, until its parent takes note
+        return abs(owner.create_time() - held["started"]) < 0.01 and owner.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False

@@ -10,11 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from configs.errors import CannotGoOnError, ConfigError
 from pretrain import lease as leases
 from pretrain.lease import Lease
+from tests.conftest import wait_until
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
@@ -53,6 +55,19 @@ def test_a_dead_owner_on_this_host_is_replaced_at_once_with_a_higher_number(tmp_
     assert mine.take() == fence + 1
     assert time.monotonic() - began < 2
     mine.release()
+
+
+def test_an_owner_that_nobody_has_taken_note_of_is_dead_all_the_same(tmp_path):
+    process, fence = holder(tmp_path)
+    process.kill()
+    try:
+        wait_until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE, 10)
+        mine = Lease(tmp_path)
+        assert mine.owner() is None
+        assert mine.take() == fence + 1
+        mine.release()
+    finally:
+        process.wait()
 
 
 def test_an_owner_that_sleeps_is_still_the_owner_on_its_host(tmp_path):
