@@ -23,17 +23,23 @@ LONGER_S = 60
 """What a Ray cluster within the job may cost."""
 
 
+OTHERS: set[int] = set()
+"""Processes of Ray that were here before: somebody else's."""
+
+
 @pytest.fixture(scope="module")
 def cluster():
+    OTHERS.update(process["pid"] for process in ray_processes())
     with MiniSlurm(2, apart=True) as slurm:
         yield slurm
 
 
 def ray_processes():
     found = []
-    for process in psutil.process_iter(["name", "cmdline"]):
+    for process in psutil.process_iter(["pid", "name", "cmdline"]):
         called = " ".join([process.info["name"] or "", *(process.info["cmdline"] or [])[:1]])
-        if any(word in called for word in ("raylet", "gcs_server", "ray::")):
+        ours = process.info["pid"] not in OTHERS
+        if ours and any(word in called for word in ("raylet", "gcs_server", "ray::")):
             found.append(process.info)
     return found
 
