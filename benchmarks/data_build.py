@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -38,51 +38,67 @@ _FILE_BYTES = 32 << 20
 _MEET_S = 180.0
 _HASHES = 2_000_000
 Arm = Callable[[], AbstractContextManager[Executor]]
+ONE, TWO, RAY = "one process", "two processes", "Ray"
 ARMS: dict[str, tuple[int, int, Arm]] = {
-    "one process": (1, 1, lambda: executor_of(1)),
-    "two processes": (WORKERS, 2 * WORKERS, lambda: executor_of(WORKERS)),
-    "Ray": (WORKERS, 2 * WORKERS, lambda: ray_executor("local", WORKERS)),
+    ONE: (1, 1, lambda: executor_of(1)),
+    TWO: (WORKERS, 2 * WORKERS, lambda: executor_of(WORKERS)),
+    RAY: (WORKERS, 2 * WORKERS, lambda: ray_executor("local", WORKERS)),
 }
 """How many workers there are, how many tasks are under way, and who works."""
 
 
 def run_build(mib: float, rounds: int) -> Table:
-    """Build `mib` of text with every arm in turn, and return the table."""
+    """Build `mib` of text with every arm in turn, and return the table.
+
+    Processes are compared before there is a Ray cluster, whose own processes would take their share of the cores.
+    """
     table = Table(f"building shards from {mib:.0f} MiB of text, byte tokenizer, duplicates kept, wall time")
-    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    started: dict[str, float] = {}
-    made: set[str] = set()
-    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_text(folder / "little", 8 * SHARD_MIB << 20)
         _write_text(folder / "text", int(mib * (1 << 20)))
-        executors = {}
-        for arm, (workers, in_flight, executor) in ARMS.items():
-            began = time.perf_counter()
-            executors[arm] = stack.enter_context(executor())
-            _meet(executors[arm], folder / f"meet {arm}", workers)
-            _timed(folder / "little", folder / f"little {arm}", in_flight, executors[arm])
-            started[arm] = time.perf_counter() - began
-        for number in range(rounds):
-            for arm in list(ARMS) if number % 2 == 0 else list(reversed(ARMS)):
-                took, fingerprint = _timed(
-                    folder / "text", folder / f"{arm} {number}", ARMS[arm][1], executors[arm]
-                )  # fmt: skip
-                seconds[arm].append(took)
-                made.add(fingerprint)
-        reading = _read_both_ways(folder / "text", executors["Ray"], rounds)
-    assert len(made) == 1, "all arms must make the same shards"
-    for arm, times in seconds.items():
-        rate = interval([mib / took for took in times])
-        table.add(arm, rate.median, "MiB/s", spread=rate, note=f"(start-up {started[arm]:.1f} s, not counted)")
-    for arm, other, goal in (("two processes", "one process", 1.8), ("Ray", "two processes", 0.9)):
-        ratio = interval([b / a for a, b in zip(seconds[arm], seconds[other])])
-        table.add(f"{arm} / {other}", ratio.median, "x", goal=goal, sense=">=", spread=ratio)
+        for arms, over, goal in (((ONE, TWO), ONE, 1.8), ((TWO, RAY), TWO, 0.9)):
+            with contextlib.ExitStack() as stack:
+                seconds, started, executors = _alternate(folder, arms, rounds, stack)
+                beside = " (beside a Ray cluster)" if RAY in arms else ""
+                for arm in arms:
+                    rate = interval([mib / took for took in seconds[arm]])
+                    note = (
+                        f"(start-up {started[arm]:.1f} s, not counted)" if arm in started else "(what the cores can do)"
+                    )
+                    table.add(arm + (beside if arm == TWO else ""), rate.median, "MiB/s", spread=rate, note=note)
+                ratio = interval([b / a for a, b in zip(seconds[arms[1]], seconds[over])])
+                table.add(f"{arms[1]} / {over}", ratio.median, "x", goal=goal, sense=">=", spread=ratio)
+                if RAY in arms:
+                    reading = _read_both_ways(folder / "text", executors[RAY], rounds)
     for way, times in reading.items():
         rate = interval([mib / took for took in times])
         table.add(f"reading alone, {way}", rate.median, "MiB/s", spread=rate)
     table.add("memory to find duplicates, a document", _bytes_a_document(), "B", note="(where the build was begun)")
     return table
+
+
+def _alternate(
+    folder: Path, arms: Sequence[str], rounds: int, stack: contextlib.ExitStack
+) -> tuple[dict[str, list[float]], dict[str, float], dict[str, Executor]]:
+    """Seconds of every arm's builds, in turns; how long each took to start, and what it is."""
+    executors, started, made = dict[str, Executor](), dict[str, float](), set[str]()
+    for arm in arms:
+        workers, in_flight, executor = ARMS[arm]
+        began = time.perf_counter()
+        executors[arm] = stack.enter_context(executor())
+        _meet(executors[arm], folder / f"meet {arm} beside {arms[0]}", workers)
+        _timed(folder / "little", folder / f"little {arm} beside {arms[0]}", in_flight, executors[arm])
+        started[arm] = time.perf_counter() - began
+    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for number in range(rounds):
+        for arm in list(arms) if number % 2 == 0 else list(reversed(arms)):
+            out = folder / f"{arm} {number} beside {arms[0]}"
+            took, fingerprint = _timed(folder / "text", out, ARMS[arm][1], executors[arm])
+            seconds[arm].append(took)
+            made.add(fingerprint)
+    assert len(made) == 1, "all arms must make the same shards"
+    return seconds, started, executors
 
 
 def _timed(text: Path, out: Path, in_flight: int, executor: Executor) -> tuple[float, str]:
