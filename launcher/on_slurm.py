@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -260,6 +260,24 @@ def may_requeue(history: Sequence[Record], most: int) -> str | None:
 
 def main(arguments: list[str]) -> int:
     """Supervise the run of a folder in this job; return the exit code of the job."""
+    return as_job(arguments, _supervise)
+
+
+def _supervise(folder: RunFolder, launch: LaunchConfig, job: str) -> tuple[int, int | None]:
+    team = SlurmTeam(folder, launch, job)
+    supervisor = Supervisor(team)
+    supervisor.listen()
+    if launch.preflight:
+        team.preflight()
+    return supervisor.run(), supervisor.asked
+
+
+def as_job(arguments: list[str], drive: Callable[[RunFolder, LaunchConfig, str], tuple[int, int | None]]) -> int:
+    """The exit code of this job, whose batch step drives the run of a folder; it is queued again where time is over.
+
+    drive: of the folder, what it asks for and the job's number; returns the run's exit code and which signal asked it
+    to leave, if one did.
+    """
     os.umask(0o077)  # a run is its owner's alone
     folder, job = RunFolder(Path(arguments[0])), slurm.inside()
     try:
@@ -268,15 +286,8 @@ def main(arguments: list[str]) -> int:
         if ROOT.name.startswith("code-"):
             check_code(ROOT)
         launch = load(LaunchConfig, [folder.launch])
-        team = SlurmTeam(folder, launch, job)
-        supervisor = Supervisor(team)
-        supervisor.listen()
-        if launch.preflight:
-            team.preflight()
-        code = supervisor.run()
-        if code == PREEMPTED and supervisor.asked == signal.SIGUSR1:
-            code = queue_again(folder, launch, job)
-        return code
+        code, asked = drive(folder, launch, job)
+        return queue_again(folder, launch, job) if code == PREEMPTED and asked == signal.SIGUSR1 else code
     except LeviathanError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         folder.event("stop", f"stopped: {error}", code=error.exit_code, step=max(folder.committed_steps(), default=0))

@@ -19,14 +19,12 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from configs.errors import PREEMPTED, ConfigError, LeviathanError
-from configs.load import load
+from configs.errors import ConfigError, LeviathanError
 from launcher import slurm
 from launcher.config import LaunchConfig
 from launcher.network import free_port
 from launcher.on_ray import DriverProcess, asked_code, code_of_job
-from launcher.on_slurm import queue_again
-from launcher.snapshot import ROOT, check_code
+from launcher.on_slurm import as_job
 from launcher.supervise import REQUESTS
 from pretrain.run_folder import RunFolder
 
@@ -150,26 +148,15 @@ class _Driver:
 
 def main(arguments: list[str]) -> int:
     """Bring a cluster up, drive the run of a folder on it, end both; return the exit code of the job."""
-    os.umask(0o077)  # a run is its owner's alone
-    folder, job = RunFolder(Path(arguments[0])), slurm.inside()
+    return as_job(arguments, _drive)
+
+
+def _drive(folder: RunFolder, launch: LaunchConfig, job: str) -> tuple[int, int | None]:
+    driver, cluster = _Driver(), _Cluster(folder, launch, job)
     try:
-        if job is None:
-            raise ConfigError("this is no Slurm job; use `leviathan submit slurm`")
-        if ROOT.name.startswith("code-"):
-            check_code(ROOT)
-        launch, driver = load(LaunchConfig, [folder.launch]), _Driver()
-        cluster = _Cluster(folder, launch, job)
-        try:
-            code = driver.drive(folder, cluster, cluster.up())
-        finally:
-            cluster.down()
-        if code == PREEMPTED and driver.asked == signal.SIGUSR1:
-            code = queue_again(folder, launch, job)
-        return code
-    except LeviathanError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        folder.event("stop", f"stopped: {error}", code=error.exit_code, step=max(folder.committed_steps(), default=0))
-        return error.exit_code
+        return driver.drive(folder, cluster, cluster.up()), driver.asked
+    finally:
+        cluster.down()
 
 
 if __name__ == "__main__":
