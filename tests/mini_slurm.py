@@ -127,8 +127,18 @@ class MiniSlurm:
         """How often a job was queued again."""
         return int(self._of_job(job, "Restarts"))
 
+    def facts(self, job: str) -> str:
+        """All that Slurm knows of a job."""
+        return self.run("scontrol", "show", "job", job, check=False)
+
+    def log_of(self, name: str) -> str:
+        """The end of what a daemon, `slurmctld` or a node's `n1`, has said."""
+        return (self.base / "log" / f"{name}.out").read_text(errors="replace")[-4000:]
+
     def start_at_once(self, job: str) -> None:
         """Lift the pause that Slurm gives to a job that was queued again."""
+        # nodes refuse all that was issued in the second in which they ended the job ("Job credential revoked")
+        time.sleep(1.1)
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now", check=False)
 
     @property
@@ -202,13 +212,10 @@ class MiniSlurm:
         while not condition():
             for name, daemon in self._daemons.items():
                 if daemon.poll() is not None:
-                    raise RuntimeError(f"{name} ended with {daemon.returncode}: {self._log(name)}")
+                    raise RuntimeError(f"{name} ended with {daemon.returncode}: {self.log_of(name)}")
             if time.monotonic() > end:
-                raise RuntimeError(f"{what} not up within {_UP_S:.0f} s: {self._log('slurmctld')}")
+                raise RuntimeError(f"{what} not up within {_UP_S:.0f} s: {self.log_of('slurmctld')}")
             time.sleep(0.05)
-
-    def _log(self, name: str) -> str:
-        return (self.base / "log" / f"{name}.out").read_text(errors="replace")[-2000:]
 
 
 def _free_ports(count: int) -> list[int]:

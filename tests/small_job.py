@@ -41,6 +41,15 @@ def until_over(cluster: MiniSlurm, job: str) -> str:
     return state
 
 
+def assert_ended(cluster: MiniSlurm, run: RunFolder, job: str, state: str = "COMPLETED") -> None:
+    """A job ends so; where it does not, all that anybody has said of it is told."""
+    found = until_over(cluster, job)
+    if found != state:
+        said = [f"{event['time']:.1f} {event['message']}" for event in run.history()]
+        told = "\n".join([cluster.facts(job), *said, output_of(run, job), cluster.log_of("slurmctld")])
+        raise AssertionError(f"job {job} is {found}, not {state}:\n{told}")
+
+
 def output_of(run: RunFolder, job: str) -> str:
     """What a job's supervisor printed."""
     return (run.path / f"slurm-{job}.log").read_text()

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import events, wait_until
 from tests.mini_slurm import MiniSlurm, missing
-from tests.small_job import assert_same, output_of, processes_of, submit, until_over
+from tests.small_job import assert_ended, assert_same, output_of, processes_of, submit
 
 pytestmark = [
     pytest.mark.e2e,
@@ -52,7 +52,7 @@ def test_ray_within_a_job_costs_less_than_a_minute_and_leaves_nothing(cluster, t
         if words:
             run = type(run)(run.path.parent / "with-ray")
             job = run.facts()["job"]["slurm"]
-        assert until_over(cluster, job) == "COMPLETED", output_of(run, job)
+        assert_ended(cluster, run, job)
         seconds.append(time.monotonic() - began)
         assert_same(run, undisturbed)
     assert events(run, "launch")[0].startswith("attempt 0: starting 2 ranks on n1, n2 (Ray job ")
@@ -64,7 +64,7 @@ def test_ray_within_a_job_costs_less_than_a_minute_and_leaves_nothing(cluster, t
 
 def test_the_exit_code_of_a_run_is_that_of_the_job(cluster, tiny):
     run, job = submit(cluster, tiny, "launch.slurm.ray=true", "launch.preflight=false", "data.tokenizer=sp:300")
-    assert until_over(cluster, job) == "FAILED"
+    assert_ended(cluster, run, job, "FAILED")
     assert cluster.exit_code(job) == "65:0", output_of(run, job)
     assert cluster.restarts(job) == 0
     assert not ray_processes()
@@ -76,7 +76,7 @@ def test_before_its_time_is_over_a_job_with_ray_saves_and_is_queued_again(cluste
     wait_until(lambda: len(run.steps()) >= 12, seconds=150)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     wait_until(lambda: len(events(run, "requeue")) == 1, seconds=60)
-    assert until_over(cluster, job) == "COMPLETED", output_of(run, job)
+    assert_ended(cluster, run, job)
     assert cluster.restarts(job) == 1
     assert_same(run, undisturbed)
     assert not events(run, "fault")

@@ -12,7 +12,7 @@ from pretrain.run_folder import RunFolder
 from tests.conftest import events, leviathan, losses, wait_until
 from tests.mini_slurm import MiniSlurm, missing
 from tests.small_ensemble import STEPS, write_ensemble
-from tests.small_job import JOB_S, QUICK, TWO, assert_same, output_of, processes_of, submit, until_over
+from tests.small_job import JOB_S, QUICK, TWO, assert_ended, assert_same, output_of, processes_of, submit, until_over
 
 pytestmark = [
     pytest.mark.e2e,
@@ -29,7 +29,7 @@ def cluster():
 
 def test_a_job_trains_on_two_nodes_and_says_so(cluster, tiny, undisturbed):
     run, job = submit(cluster, tiny)
-    assert until_over(cluster, job) == "COMPLETED", output_of(run, job)
+    assert_ended(cluster, run, job)
     assert_same(run, undisturbed)
     assert events(run, "launch") == [f"attempt 0: starting 2 ranks on n1, n2 (Slurm job {job})"]
     assert "rank 0" in run.log_of(0).read_text() or run.log_of(0).exists()
@@ -41,7 +41,7 @@ def test_a_job_trains_on_two_nodes_and_says_so(cluster, tiny, undisturbed):
 
 def test_a_killed_rank_is_started_again_within_the_job(cluster, tiny, undisturbed):
     run, job = submit(cluster, tiny, QUICK, env={"LEVIATHAN_FAULT": "step.before_update:1:12"})
-    assert until_over(cluster, job) == "COMPLETED", output_of(run, job)
+    assert_ended(cluster, run, job)
     assert_same(run, undisturbed)
     (fault,) = events(run, "fault")
     assert fault.startswith(f"rank 1 (host n2, Slurm job {job}) died")
@@ -61,7 +61,7 @@ def test_before_its_time_is_over_a_job_saves_and_is_queued_again_five_times(clus
         wait_until(lambda wanted=number + 1: len(events(run, "requeue")) == wanted, seconds=60)
         wait_until(lambda: cluster.state(job) == "PENDING", seconds=60)
         cluster.start_at_once(job)
-    assert until_over(cluster, job) == "COMPLETED", output_of(run, job)
+    assert_ended(cluster, run, job)
     assert cluster.restarts(job) == 5
     assert_same(run, undisturbed)
     assert not events(run, "fault")
@@ -72,7 +72,7 @@ def test_before_its_time_is_over_a_job_saves_and_is_queued_again_five_times(clus
 
 def test_a_wrong_configuration_fails_at_once_and_is_never_queued_again(cluster, tiny):
     run, job = submit(cluster, tiny, "data.tokenizer=sp:300")
-    assert until_over(cluster, job) == "FAILED"
+    assert_ended(cluster, run, job, "FAILED")
     assert cluster.exit_code(job).split(":")[0] in ("65", "78")
     assert cluster.restarts(job) == 0
     assert len(events(run, "launch")) == 1
@@ -93,11 +93,11 @@ def test_a_killed_supervisor_leaves_no_process_and_the_same_command_goes_on(clus
     wait_until(lambda: len(run.steps()) == 12, seconds=JOB_S)
     (supervisor,) = [process for process in processes_of(run) if "launcher.on_slurm" in process.cmdline()]
     supervisor.kill()
-    assert until_over(cluster, job) == "FAILED"
+    assert_ended(cluster, run, job, "FAILED")
     wait_until(lambda: not processes_of(run), seconds=30)
     assert cluster.restarts(job) == 0
     _, again = submit(cluster, tiny, QUICK)
-    assert until_over(cluster, again) == "COMPLETED", output_of(run, again)
+    assert_ended(cluster, run, again)
     assert_same(run, undisturbed)
 
 
@@ -136,7 +136,7 @@ def test_code_that_was_changed_after_submission_does_not_run(cluster, tiny):
     with open(copy / "pretrain" / "trainer.py", "a") as file:
         file.write("# changed\n")
     cluster.run("scontrol", "release", job)
-    assert until_over(cluster, job) == "FAILED"
+    assert_ended(cluster, run, job, "FAILED")
     assert cluster.exit_code(job) == "78:0"
     assert "was changed since it was submitted" in output_of(run, job)
     assert not run.steps()
@@ -144,7 +144,7 @@ def test_code_that_was_changed_after_submission_does_not_run(cluster, tiny):
 
 def test_a_rank_that_is_stopped_is_found_and_the_run_goes_on(cluster, tiny, undisturbed):
     run, job = submit(cluster, tiny, QUICK, env={"LEVIATHAN_FAULT": "step.before_forward:1:12:stop"})
-    assert until_over(cluster, job) == "COMPLETED", output_of(run, job)
+    assert_ended(cluster, run, job)
     (fault,) = events(run, "fault")
     assert "no progress for" in fault
     assert_same(run, undisturbed)
@@ -173,7 +173,7 @@ def test_an_ensemble_is_a_graph_of_jobs_and_kills_change_nothing(cluster, shards
     before, after = ((runs["duo"].path / f"{verb}.job").read_text() for verb in ("data", "eval"))
     assert sorted([before, *jobs.values(), after]) == [before, *jobs.values(), after], "one job for each part"
     for name, job in jobs.items():
-        assert until_over(cluster, job) == "COMPLETED", output_of(runs[name], job)
+        assert_ended(cluster, runs[name], job)
         assert len(events(runs[name], "fault")) == 1
         assert_same(runs[name], RunFolder(tmp_path / "here" / "runs" / name))
     assert until_over(cluster, after) == "COMPLETED", (runs["duo"].path / f"eval-{after}.log").read_text()

@@ -15,7 +15,7 @@ import pytest
 from pretrain.beacon import NONCE_BYTES, RECORD
 from tests.conftest import events, wait_until
 from tests.mini_slurm import MiniSlurm, missing
-from tests.small_job import JOB_S, QUICK, assert_same, output_of, processes_of, submit, until_over
+from tests.small_job import JOB_S, QUICK, assert_ended, assert_same, processes_of, submit
 
 pytestmark = [
     pytest.mark.e2e,
@@ -38,7 +38,7 @@ def submit_and_rest(cluster, config, env=REST):
 
 def assert_undisturbed(cluster, run, job, undisturbed):
     """It ended well, as if nothing had happened, and left no process anywhere."""
-    assert until_over(cluster, job) == "COMPLETED", output_of(run, job)
+    assert_ended(cluster, run, job)
     assert_same(run, undisturbed)
     wait_until(lambda: not processes_of(run), seconds=20)
 
@@ -112,7 +112,7 @@ def test_a_supervisor_that_slurm_has_lost_sight_of_does_not_hold_its_run_back(ti
         run, job = submit_and_rest(cluster, tiny)
         cluster.network.cut(1)  # it lives on there, and renews its lease
         wait_until(lambda: cluster.restarts(job) == 1, seconds=90)
-        assert until_over(cluster, job) == "COMPLETED", output_of(run, job)
+        assert_ended(cluster, run, job)
         assert processes_of(run), "the first supervisor was not there to hold anything back"
         assert_same(run, undisturbed)
         cluster.network.mend(1)
@@ -128,7 +128,7 @@ def test_a_node_that_is_cut_off_is_named_before_the_run_begins(tiny):
         run, job = submit(cluster, tiny, "--nodes", 3, "--ranks", 3, "train.batch_rows=12")
         wait_until(lambda: len(events(run, "stop")) == 1, seconds=JOB_S)
         cluster.network.mend(3)  # Slurm waits for it before a job is over
-        assert until_over(cluster, job) == "FAILED", output_of(run, job)
+        assert_ended(cluster, run, job, "FAILED")
         assert cluster.exit_code(job) == "78:0"
     (stop,) = events(run, "stop")
     assert "node n3 does not answer n1" in stop
@@ -141,7 +141,7 @@ def test_a_node_that_does_not_reach_another_is_named_and_those_that_waited_for_i
     with MiniSlurm(3, apart=True) as cluster:
         cluster.network.part(3, 2)
         run, job = submit(cluster, tiny, "--nodes", 3, "--ranks", 3, "train.batch_rows=12")
-        assert until_over(cluster, job) == "FAILED", output_of(run, job)
+        assert_ended(cluster, run, job, "FAILED")
         assert cluster.exit_code(job) == "78:0"
     (stop,) = events(run, "stop")
     assert "node n3 cannot speak with the other nodes" in stop
