@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.ops.mapped import at_once, is_mapped, of_all_members
 from pretrain.parallel import derive_seed
 
 Fill = Callable[[Tensor, torch.Generator], Tensor]
@@ -47,9 +48,19 @@ class Linear(nn.Linear):
     multiply, and sum gradients, row by row."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.ndim > 2 and torch._C._functorch.is_batchedtensor(self.weight):
+        tensors = [x, self.weight] if self.bias is None else [x, self.weight, self.bias]
+        if at_once(*tensors):
+            return of_all_members(_linear_of_members, *tensors)
+        if x.ndim > 2 and is_mapped(self.weight):
             return F.linear(x.flatten(0, -2), self.weight, self.bias).unflatten(0, x.shape[:-1])
         return F.linear(x, self.weight, self.bias)
+
+
+def _linear_of_members(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (M, ..., I), weight (M, O, I), bias (M, O): one product for each member."""
+    rows = x.flatten(1, -2) if x.ndim > 2 else x.unsqueeze(1)
+    y = rows @ weight.mT if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
+    return y.view(*x.shape[:-1], -1)
 
 
 def linear(fan_in: int, fan_out: int, *, bias: bool = False) -> nn.Linear:

@@ -9,14 +9,15 @@ Shapes: M members.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.func import vmap
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from configs.errors import ConfigError
 from pretrain.init import Fill, declare
@@ -41,13 +42,16 @@ class Members(nn.Module):
         self.names = list(names)
         # in a tuple it is no submodule: its parameters are shapes and names only
         self._template = (template,)
+        self._places: list[tuple[nn.Module, str]] = []
         fills = {}
         for path, module in template.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
+                self._places.append((module, name))
                 own = f"{path}.{name}".strip(".").replace(".", "/")
                 size = (len(names), *parameter.shape)
                 self.register_parameter(own, nn.Parameter(torch.empty(size), requires_grad=parameter.requires_grad))
                 fills[own] = self._fill(getattr(module, "fills", {})[name])
+        self._shapes = [module._parameters[name] for module, name in self._places]
         declare(self, fills)
 
     @property
@@ -57,17 +61,29 @@ class Members(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         """inputs: tensors, or trees of them, of all members; anything else is given to each as it is."""
-        rest: list[Any] = []
+        given, like_inputs = _tensors_of(inputs)
+        own: list[Any] = list(self._parameters.values())
+        like_outputs: list[Callable[[Sequence[Tensor]], Any]] = []
 
-        def one(parameters: dict[str, Tensor], *own: Any) -> tuple[Tensor, ...]:
-            leaves, tree = tree_flatten(functional_call(self.template, parameters, own))
-            rest[:] = [torch.is_tensor(leaf) for leaf in leaves], leaves, tree
-            return tuple(leaf for leaf in leaves if torch.is_tensor(leaf))
+        def one(*tensors: Tensor) -> tuple[Tensor, ...]:
+            with self._lent(tensors[: len(own)]):
+                outputs, like = _tensors_of(self.template(*like_inputs(tensors[len(own) :])))
+            like_outputs.append(like)
+            return tuple(outputs)
 
-        dims = [tree_map(lambda leaf: 0 if torch.is_tensor(leaf) else None, given) for given in inputs]
-        tensors = iter(vmap(one, (0, *dims), randomness="different")(self.stacked(), *inputs))
-        is_tensor, leaves, tree = rest
-        return tree_unflatten([next(tensors) if its else leaf for its, leaf in zip(is_tensor, leaves)], tree)
+        outputs = vmap(one, randomness="different")(*own, *given)
+        return like_outputs[0](outputs)
+
+    @contextmanager
+    def _lent(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+        """The template with one member's parameters."""
+        for (module, name), parameter in zip(self._places, parameters):
+            module._parameters[name] = parameter  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for (module, name), shape in zip(self._places, self._shapes):
+                module._parameters[name] = shape
 
     def stacked(self) -> dict[str, Tensor]:
         """The stacked parameters by their names in the template."""
@@ -99,6 +115,20 @@ class MemberTables(Members):
         members, vocab, width = table_MVD.shape
         first_M = vocab * torch.arange(members, device=ids_BT.device)
         return F.embedding(ids_BT + first_M.view(-1, 1, 1), table_MVD.reshape(members * vocab, width))
+
+
+def _tensors_of(tree: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """The tensors in a tree, and what makes such a tree of others in their places."""
+    leaves, spec = tree_flatten(tree)
+    places = [place for place, leaf in enumerate(leaves) if torch.is_tensor(leaf)]
+
+    def like(tensors: Sequence[Tensor]) -> Any:
+        others = list(leaves)
+        for place, tensor in zip(places, tensors):
+            others[place] = tensor
+        return tree_unflatten(others, spec)
+
+    return [leaves[place] for place in places], like
 
 
 def members_of(model: nn.Module) -> list[tuple[str, Members]]:

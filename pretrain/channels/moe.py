@@ -33,6 +33,7 @@ from pretrain.init import constant, declare, normal
 from pretrain.layout import Layout
 from pretrain.mixer import ParamGroup, Site
 from pretrain.ops.experts import Experts, permuted, sorting
+from pretrain.ops.mapped import is_mapped
 
 
 class Config(Options):
@@ -127,7 +128,7 @@ class MixtureOfExperts(ChannelMixer):
     def _mixed(self, x_BTD: Tensor, features_BTD: Tensor) -> tuple[Tensor, Aux]:
         x_ND, choice = x_BTD.flatten(0, 1), self._choose(features_BTD.flatten(0, 1))
         # under vmap no shape may depend on the choice
-        mapped = torch._C._functorch.is_batchedtensor(choice.log_p_NE)
+        mapped = is_mapped(choice.log_p_NE)
         y_ND = self._everywhere(x_ND, choice) if mapped else self._where_chosen(x_ND, choice)
         return y_ND.reshape(x_BTD.shape), self._told(choice)
 

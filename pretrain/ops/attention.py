@@ -5,21 +5,28 @@ Shapes: B rows, H heads, T queries, S keys, E head width, L lags.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from pretrain.layout import Layout
+from pretrain.ops.mapped import at_once, is_mapped, of_all_members
 
-_EXPLICIT_BYTES = 64 << 20
+_EXPLICIT_BYTES, _CACHE_BYTES = 64 << 20, 1 << 20
 
 
 def attend(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTV: Tensor, layout: Layout, scale: float) -> Tensor:
     """softmax(scale q k^T) v, causal, within documents. Keys and values may have fewer heads (GQA). (B, H, T, V)."""
     grouped = k_BHTE.shape[1] != q_BHTE.shape[1]
-    if q_BHTE.device.type == "cpu" and torch._C._functorch.is_batchedtensor(q_BHTE):
+    if q_BHTE.device.type == "cpu" and is_mapped(q_BHTE, k_BHTE, v_BHTV):
         # torch.func.vmap would run the CPU's own kernel in a loop
         k_BHTE, v_BHTV = _as_many_heads(q_BHTE, k_BHTE, v_BHTV)
+        if at_once(q_BHTE, k_BHTE, v_BHTV) and q_BHTE.dtype == k_BHTE.dtype == v_BHTV.dtype:
+            bias = layout.mask_bias(q_BHTE.dtype)
+            return of_all_members(lambda *qkv: _MembersAttention.apply(*qkv, bias, scale), q_BHTE, k_BHTE, v_BHTV)
         return _attend_explicit(q_BHTE, k_BHTE, v_BHTV, layout, scale)
     if q_BHTE.device.type == "cpu" and v_BHTV.shape[-1] != k_BHTE.shape[-1]:
         return _attend_narrow_values(q_BHTE, k_BHTE, v_BHTV, layout, scale)
@@ -44,6 +51,54 @@ def _attend_explicit(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: flo
     """Scores are kept, and masked where they lie: no second matrix of them."""
     scores = (q * scale) @ k.transpose(-1, -2)
     return scores.add_(layout.mask_bias(q.dtype)).softmax(-1) @ v
+
+
+class _MembersAttention(torch.autograd.Function):
+    """`_attend_explicit` of all members of a map, whose scores stay in a core's cache from one operation to the next.
+
+    q, k (M, B, H, T, E), v (M, B, H, T, V); bias as of `Layout.mask_bias`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+        heads = q.shape[1:3]
+        q, k, v = (x.flatten(1, 2).contiguous() for x in (q * scale, k, v))
+        weights, out = q.new_empty(*q.shape[:-1], k.shape[-2]), q.new_empty(*q.shape[:-1], v.shape[-1])
+        for some in _cached(weights):
+            part = weights[some].flatten(0, 1)
+            torch.bmm(q[some].flatten(0, 1), k[some].flatten(0, 1).transpose(1, 2), out=part)
+            part.view(-1, *heads, *part.shape[1:]).add_(bias)
+            torch.softmax(part, -1, out=part)
+            torch.bmm(part, v[some].flatten(0, 1), out=out[some].flatten(0, 1))
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.scale, ctx.heads = scale, heads
+        return out.unflatten(1, heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, weights = ctx.saved_tensors
+        grad = grad.flatten(1, 2).contiguous()
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        buffer = torch.empty_like(weights[_cached(weights)[0]].flatten(0, 1))
+        for some in _cached(weights):
+            part, rows = weights[some].flatten(0, 1), grad[some].flatten(0, 1)
+            torch.bmm(part.transpose(1, 2), rows, out=grad_v[some].flatten(0, 1))
+            scores = buffer[: len(part)]
+            torch.bmm(rows, v[some].flatten(0, 1).transpose(1, 2), out=scores)
+            torch._softmax_backward_data(scores, part, -1, part.dtype, grad_input=scores)
+            torch.bmm(scores, k[some].flatten(0, 1), out=grad_q[some].flatten(0, 1))
+            torch.bmm(scores.transpose(1, 2), q[some].flatten(0, 1), out=grad_k[some].flatten(0, 1))
+        grad_q.mul_(ctx.scale)
+        grads = [grad.unflatten(1, ctx.heads) for grad in (grad_q, grad_k, grad_v)]
+        return grads[0], grads[1], grads[2], None, None
+
+
+def _cached(weights: Tensor) -> list[slice]:
+    """All members, so many at a time that their weights fit into a core's cache; at least one."""
+    members = len(weights)
+    step = max(1, _CACHE_BYTES * members // max(1, weights.numel() * weights.element_size()))
+    return [slice(first, first + step) for first in range(0, members, step)]
 
 
 def _as_many_heads(q: Tensor, *kv: Tensor) -> list[Tensor]:

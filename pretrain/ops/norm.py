@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.ops.mapped import at_once, is_mapped, of_all_members
+
 
 def rms_norm_naive(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm as its equation says. x: (..., D). weight: (D,)."""
@@ -17,9 +19,10 @@ def rms_norm_naive(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """RMSNorm, in the fastest form the device has. x: (..., D). weight: (D,)."""
     if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling():
-        if torch._C._functorch.is_batchedtensor(x):
-            return _MappedRmsNorm.apply(x, weight, eps)
-        return _RmsNorm.apply(x, weight, eps)
+        if not is_mapped(x, weight):
+            return _RmsNorm.apply(x, weight, eps)
+        if at_once(x, weight):
+            return of_all_members(lambda *both: _RmsNorm.apply(*both, eps), x, weight)
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
@@ -50,23 +53,3 @@ class _RmsNorm(torch.autograd.Function):
 
 def _over_rows(weight: Tensor, x: Tensor) -> Tensor:
     return weight if weight.ndim == 1 else weight.view(len(weight), *([1] * (x.ndim - 2)), -1)
-
-
-class _MappedRmsNorm(torch.autograd.Function):
-    """Its rule for torch.func.vmap: all members by one call, where torch would follow every operation by itself."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return rms_norm_naive(x, weight, eps)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, int]:
-        x, weight = (
-            t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-            for t, dim in zip((x, weight), in_dims)
-        )
-        return _RmsNorm.apply(x, weight, eps), 0
