@@ -78,11 +78,10 @@ def _one_seed(dataset: Dataset, seed: int, steps: int, joint: int) -> dict[str, 
         results[f"module {name} alone"] = _figures(dataset, _begun(_ensemble("uniform"), seed, values), [name])
     for fusion in ("uniform", "posterior"):
         results[fusion] = _figures(dataset, _begun(_ensemble(fusion), seed, values))
-    frozen = _ensemble("mhc", freeze="modules", top=4, **UNLABELLED)
+    frozen = _ensemble("mhc", freeze="modules", **UNLABELLED)
     fused = _go_on(dataset, _begun(frozen, seed, values, FUSION_LR), joint, seed)
     results["mhc, frozen, no labels"] = _figures(dataset, fused)
-    together = _ensemble("mhc", top=2)
-    joined = _go_on(dataset, _begun(together, seed, values), joint, seed)
+    joined = _go_on(dataset, _begun(_ensemble("mhc"), seed, values), joint, seed)
     results["joint"] = _figures(dataset, joined)
     count, total = _parameters(joined), steps * len(SOURCES) + joint
     dense = _train(dataset, _dense(count, dataset.tokenizer.vocab), total, seed)

@@ -357,3 +357,16 @@ def test_bf16_stays_near_float64(fusion):
     assert near == pytest.approx(whole, rel=2e-2)
     a, b = (torch.cat([p.grad.double().flatten() for p in model.parameters()]) for model in (exact, low))
     assert (a - b).norm() / a.norm() < 5e-2
+
+
+def test_torch_can_compile_all_models_as_one_graph():
+    model, batch = make(fusion="mhc"), batch_of(packed())
+    quiet = model(batch)
+    quiet.total.backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(batch)
+    torch.testing.assert_close(compiled.total, quiet.total, rtol=1e-12, atol=0)
+    compiled.total.backward()
+    torch.testing.assert_close([p.grad for p in model.parameters()], grads, rtol=1e-9, atol=1e-11)
+    torch._dynamo.reset()
