@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from pretrain.layout import Layout
 from pretrain.ops.mapped import at_once, is_mapped, of_all_members
 
-_EXPLICIT_BYTES, _CACHE_BYTES = 64 << 20, 1 << 20
+_EXPLICIT_BYTES, _BLOCK = 64 << 20, 64
 
 
 def attend(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTV: Tensor, layout: Layout, scale: float) -> Tensor:
@@ -54,51 +54,47 @@ def _attend_explicit(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: flo
 
 
 class _MembersAttention(torch.autograd.Function):
-    """`_attend_explicit` of all members of a map, whose scores stay in a core's cache from one operation to the next.
+    """`_attend_explicit` of all members of a map, without the blocks above the diagonal.
 
     q, k (M, B, H, T, E), v (M, B, H, T, V); bias as of `Layout.mask_bias`.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
-        heads = q.shape[1:3]
-        q, k, v = (x.flatten(1, 2).contiguous() for x in (q * scale, k, v))
-        weights, out = q.new_empty(*q.shape[:-1], k.shape[-2]), q.new_empty(*q.shape[:-1], v.shape[-1])
-        for some in _cached(weights):
-            part = weights[some].flatten(0, 1)
-            torch.bmm(q[some].flatten(0, 1), k[some].flatten(0, 1).transpose(1, 2), out=part)
-            part.view(-1, *heads, *part.shape[1:]).add_(bias)
-            torch.softmax(part, -1, out=part)
-            torch.bmm(part, v[some].flatten(0, 1), out=out[some].flatten(0, 1))
-        ctx.save_for_backward(q, k, v, weights)
+        heads = q.shape[:3]
+        q, k, v = (x.flatten(0, 2).contiguous() for x in (q * scale, k, v))
+        out, kept = q.new_empty(*q.shape[:-1], v.shape[-1]), []
+        for rows, seen in _blocks(q.shape[1]):
+            weights = torch.bmm(q[:, rows], k[:, seen].mT)
+            weights.unflatten(0, heads).add_(bias[..., rows, seen])
+            torch.softmax(weights, -1, out=weights)
+            torch.bmm(weights, v[:, seen], out=out[:, rows])
+            kept.append(weights)
+        ctx.save_for_backward(q, k, v, *kept)
         ctx.scale, ctx.heads = scale, heads
-        return out.unflatten(1, heads)
+        return out.unflatten(0, heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        q, k, v, weights = ctx.saved_tensors
-        grad = grad.flatten(1, 2).contiguous()
+        q, k, v, *kept = ctx.saved_tensors
+        grad, beta = grad.flatten(0, 2).contiguous(), 0
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        buffer = torch.empty_like(weights[_cached(weights)[0]].flatten(0, 1))
-        for some in _cached(weights):
-            part, rows = weights[some].flatten(0, 1), grad[some].flatten(0, 1)
-            torch.bmm(part.transpose(1, 2), rows, out=grad_v[some].flatten(0, 1))
-            scores = buffer[: len(part)]
-            torch.bmm(rows, v[some].flatten(0, 1).transpose(1, 2), out=scores)
-            torch._softmax_backward_data(scores, part, -1, part.dtype, grad_input=scores)
-            torch.bmm(scores, k[some].flatten(0, 1), out=grad_q[some].flatten(0, 1))
-            torch.bmm(scores.transpose(1, 2), q[some].flatten(0, 1), out=grad_k[some].flatten(0, 1))
-        grad_q.mul_(ctx.scale)
-        grads = [grad.unflatten(1, ctx.heads) for grad in (grad_q, grad_k, grad_v)]
+        # from the last rows on, which see every key: what the others add has something to be added to
+        for (rows, seen), weights in reversed(list(zip(_blocks(q.shape[1]), kept))):
+            scores = torch.bmm(grad[:, rows], v[:, seen].mT)
+            torch._softmax_backward_data(scores, weights, -1, weights.dtype, grad_input=scores)
+            torch.bmm(scores, k[:, seen], out=grad_q[:, rows])
+            grad_k[:, seen].baddbmm_(scores.mT, q[:, rows], beta=beta)
+            grad_v[:, seen].baddbmm_(weights.mT, grad[:, rows], beta=beta)
+            beta = 1
+        grads = [each.unflatten(0, ctx.heads) for each in (grad_q.mul_(ctx.scale), grad_k, grad_v)]
         return grads[0], grads[1], grads[2], None, None
 
 
-def _cached(weights: Tensor) -> list[slice]:
-    """All members, so many at a time that their weights fit into a core's cache; at least one."""
-    members = len(weights)
-    step = max(1, _CACHE_BYTES * members // max(1, weights.numel() * weights.element_size()))
-    return [slice(first, first + step) for first in range(0, members, step)]
+def _blocks(length: int) -> list[tuple[slice, slice]]:
+    """Rows of queries, and the keys that at least one of them may see."""
+    return [(slice(at, at + _BLOCK), slice(0, at + _BLOCK)) for at in range(0, length, _BLOCK)]
 
 
 def _as_many_heads(q: Tensor, *kv: Tensor) -> list[Tensor]:

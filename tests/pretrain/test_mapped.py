@@ -54,13 +54,11 @@ def test_a_linear_layer_of_members_is_each_members_layer(rows, in_dims, bias):
     assert_same_as_in_turn(call, *inputs[:count], in_dims=in_dims[:count])
 
 
-@pytest.mark.parametrize("cache", [1, 2 * 2 * 2 * 48 * 48 * 8, 1 << 30], ids=["one", "some", "all"])
+@pytest.mark.parametrize("block", [1, 7, 16, 64])
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("layout", [packed(2), Layout.single(2, 48)], ids=["packed", "ramps"])
-def test_attention_of_members_is_each_members_attention_however_many_fit_into_the_cache(
-    layout, kv_heads, cache, monkeypatch
-):
-    monkeypatch.setattr(attention, "_CACHE_BYTES", cache)
+def test_attention_of_members_is_each_members_attention_in_blocks_of_any_size(layout, kv_heads, block, monkeypatch):
+    monkeypatch.setattr(attention, "_BLOCK", block)
     q, k = noise(M, 2, 2, 48, 6), noise(M, 2, kv_heads, 48, 6, seed=1)
     assert_same_as_in_turn(lambda *qkv: attend(*qkv, layout, 0.3), q, k, noise(M, 2, kv_heads, 48, 4, seed=2))
 
