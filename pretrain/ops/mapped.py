@@ -25,7 +25,7 @@ def is_mapped(*tensors: Tensor) -> bool:
 def at_once(*tensors: Tensor) -> bool:
     """Whether `of_all_members` can be called: one is mapped, and by no more than one transform of torch.func.
 
-    Never while torch.compile looks on: it knows how to follow maps, not how to leave them, and merges operations itself.
+    Never while torch.compile looks on: it can follow maps, not leave them, and merges operations itself.
     """
     if torch.compiler.is_compiling():
         return False
