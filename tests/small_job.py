@@ -34,7 +34,11 @@ def until_over(cluster: MiniSlurm, job: str) -> str:
     """How a job ended; one that is queued again does not wait for Slurm's pause."""
     end = time.monotonic() + JOB_S
     while (state := cluster.state(job)) not in OVER:
-        assert time.monotonic() < end, f"job {job} is still {state}"
+        if time.monotonic() > end:
+            nodes = cluster.run("scontrol", "show", "node", check=False)
+            raise AssertionError(
+                f"job {job} is still {state}:\n{cluster.facts(job)}{nodes}{cluster.log_of('slurmctld')}"
+            )
         if state == "PENDING" and cluster.restarts(job):
             cluster.start_at_once(job)
         time.sleep(0.3)
