@@ -63,9 +63,7 @@ def run_build(mib: float, rounds: int) -> Table:
                 beside = " (beside a Ray cluster)" if RAY in arms else ""
                 for arm in arms:
                     rate = interval([mib / took for took in seconds[arm]])
-                    note = (
-                        f"(start-up {started[arm]:.1f} s, not counted)" if arm in started else "(what the cores can do)"
-                    )
+                    note = f"(start-up {started[arm]:.1f} s, not counted)"
                     table.add(arm + (beside if arm == TWO else ""), rate.median, "MiB/s", spread=rate, note=note)
                 ratio = interval([b / a for a, b in zip(seconds[arms[1]], seconds[over])])
                 table.add(f"{arms[1]} / {over}", ratio.median, "x", goal=goal, sense=">=", spread=ratio)
