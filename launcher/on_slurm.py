@@ -2,22 +2,20 @@
 
 `python -m launcher.on_slurm FOLDER` is what the batch script becomes. Who mends what: a rank that dies is started again
 by the supervisor, within the allocation; a node that dies, by Slurm, which queues the job again (--requeue); a time
-limit that comes near (USR1) is met by saving and `scontrol requeue`. No other end of a run is ever queued again.
+limit that comes near (USR1) is met by saving and `scontrol requeue`, and nodes where Slurm lets nothing start by the
+latter. No other end of a run is ever queued again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,15 +27,13 @@ from launcher.config import LaunchConfig
 from launcher.network import free_port, own_address_towards
 from launcher.restart import NO_PROGRESS_LIMIT
 from launcher.snapshot import ROOT, check_code
+from launcher.srun import NodesTakenError, Step
 from launcher.supervise import Supervisor
 from launcher.team import Team, common_environment, forget_exits
 from pretrain.health import Beat
 from pretrain.run_folder import Record, RunFolder
 
-_TOLD = re.compile(r"srun: error: (\S+): tasks? ([\d,-]+): (.+)")
-_EXITED = re.compile(r"Exited with exit code (\d+)")
-_SIGNALS = {signal.strsignal(number): int(number) for number in signal.Signals}
-_END_S, _QUEUE_S, _LAST_WORDS_S = 20.0, 60.0, 5.0
+_QUEUE_S = 60.0
 PREFLIGHT_S = 240.0
 _CALLS = 32
 _SILENT_S = 4.0
@@ -57,9 +53,7 @@ class SlurmTeam(Team):
             )
         self._address = self._nodes[0].address
         self._beacons = Beacons(own_address_towards(self._address), self.world)
-        self._srun: subprocess.Popen[str] | None = None
-        self._listener: threading.Thread | None = None
-        self._codes: dict[int, int] = {}
+        self._step: Step | None = None
 
     @property
     def place(self) -> str:
@@ -97,19 +91,14 @@ class SlurmTeam(Team):
         words = self._words("launcher.preflight", each, preflight.LOG, wait_s=preflight.WAIT_S)
         environment = os.environ | self._meeting(each) | {"WORLD_SIZE": str(len(hosts))}
         environment["LEVIATHAN_BEACON"] = self._beacons.next_attempt()
-        refusal = ""
+        step = Step(self._job, words, environment)
         try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                done = subprocess.run(
-                    words, env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                    timeout=PREFLIGHT_S, check=False,
-                )  # fmt: skip
-                refusal = done.stderr.strip()
+            step.wait(PREFLIGHT_S)
         finally:
+            step.end()
             slurm.kill_steps(self._job)
-        if refusal and not any(preflight.log_of(self.folder, number).exists() for number in range(len(hosts))):
-            raise ConfigError(f"nothing was started on any node ({refusal.splitlines()[-1]}); ask for what srun lacks")
-        print(refusal, end="\n" if refusal else "", file=sys.stderr, flush=True)
+        if step.said and not any(preflight.log_of(self.folder, number).exists() for number in range(len(hosts))):
+            raise ConfigError(f"nothing was started on any node ({step.said[-1]}); ask for what srun lacks")
         reports, findings = preflight.collect(self.folder, hosts)
         findings += self._unanswered()  # who died meanwhile
         waited = preflight.kept_waiting(self.folder) if reports else False
@@ -127,22 +116,16 @@ class SlurmTeam(Team):
         preflight.settle(self.folder, reports, findings, "exclude it (launch.slurm.extra=[--exclude=NODE]) or mend it")
 
     def start(self, attempt: int, fence: int) -> None:
-        if self._srun is not None:
+        if self._step is not None:
             # a node that was out of reach when ranks were to end may be back by now, with its own
             with contextlib.suppress(LeviathanError):
                 slurm.kill_steps(self._job)
         forget_exits(self.folder, self.world)
-        self._codes = {}
         each = self.world // self.launch.nodes
         environment = os.environ | common_environment(self.world, attempt, fence) | self._meeting(each)
         environment["LEVIATHAN_BEACON"] = self._beacons.next_attempt()
         words = self._words("pretrain.run", each, "rank")
-        self._srun = subprocess.Popen(
-            words, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            text=True, start_new_session=True,
-        )  # fmt: skip
-        self._listener = threading.Thread(target=self._listen, args=(self._srun,), daemon=True, name="srun")
-        self._listener.start()
+        self._step = Step(self._job, words, environment, lambda line: self.folder.event("warning", line))
 
     def _meeting(self, each: int) -> dict[str, str]:
         """Where processes find each other, `each` of them on a node."""
@@ -157,10 +140,8 @@ class SlurmTeam(Team):
         others may go on after the first has ended; 0: as long as they like."""
         launch, asks = self.launch, self.launch.slurm
         logs = str(self.folder.logs.resolve()).replace("%", "%%")
-        # the first task that ends must not take the others with it: they may be saving. The supervisor judges.
-        # Slurm may never learn that a step ended on a node that died and came back: it must not keep out the next one
-        words = ["srun", "--kill-on-bad-exit=0", f"--wait={wait_s}", "--distribution=block", "--open-mode=append",
-                 "--overlap", f"--nodes={launch.nodes}", f"--ntasks={launch.nodes * each}", f"--ntasks-per-node={each}",
+        words = [f"--wait={wait_s}", "--distribution=block", f"--nodes={launch.nodes}",
+                 f"--ntasks={launch.nodes * each}", f"--ntasks-per-node={each}",
                  f"--output={logs}/{log}_%5t.log"]  # fmt: skip
         if asks.cpus_per_rank is not None:
             words.append(f"--cpus-per-task={asks.cpus_per_rank}")
@@ -168,26 +149,14 @@ class SlurmTeam(Team):
             words.append("--gpu-bind=none")
         return [*words, *asks.wrapper, sys.executable, "-P", "-m", "launcher.slurm_task", module, str(self.folder.path)]
 
-    def _listen(self, srun: subprocess.Popen[str]) -> None:
-        """Take note of what srun tells: of tasks that end badly, and of what keeps it from its work."""
-        assert srun.stderr is not None
-        for line in srun.stderr:
-            print(line, end="", file=sys.stderr, flush=True)
-            codes = codes_told(line)
-            self._codes |= codes
-            if line.startswith("srun: error:") and not codes:
-                self.folder.event("warning", line.strip())
-
     def ended(self) -> dict[int, int]:
-        assert self._srun is not None
-        code = self._srun.poll()
+        assert self._step is not None
+        code, told = self._step.poll(), dict(self._step.codes)
         if code is None:
-            return dict(self._codes)
-        if self._listener is not None:
-            self._listener.join(_LAST_WORDS_S)
+            return told
         # those that srun told nothing of ended well, unless it failed as a whole
-        rest = 0 if code == 0 or self._codes else code
-        return dict.fromkeys(range(self.world), rest) | self._codes
+        rest = 0 if code == 0 or told else code
+        return dict.fromkeys(range(self.world), rest) | told
 
     def beats(self) -> dict[int, Beat | None]:
         return self._beacons.beats()
@@ -204,45 +173,15 @@ class SlurmTeam(Team):
 
     def send(self, number: int) -> None:
         # srun forwards both of these to all tasks; it takes others for itself
-        if self._srun is not None and self._srun.poll() is None:
-            self._srun.send_signal(signal.SIGUSR2 if number == signal.SIGUSR2 else signal.SIGUSR1)
+        if self._step is not None:
+            self._step.send(signal.SIGUSR2 if number == signal.SIGUSR2 else signal.SIGUSR1)
 
     def end(self) -> None:
-        if self._srun is None or self._srun.poll() is not None:
-            return
-        with contextlib.suppress(LeviathanError):
-            slurm.kill_steps(self._job)
-        try:
-            self._srun.wait(timeout=_END_S)
-        except subprocess.TimeoutExpired:
-            self._srun.kill()
-            self._srun.wait()
+        if self._step is not None:
+            self._step.end()
 
     def close(self) -> None:
         self._beacons.close()
-
-
-def codes_told(line: str) -> dict[int, int]:
-    """Exit codes of tasks in a line of srun's, such as `srun: error: n2: tasks 1-2: Killed`."""
-    found = _TOLD.match(line.strip())
-    if found is None:
-        return {}
-    _, tasks, how = found.groups()
-    exited = _EXITED.match(how)
-    if exited is not None:
-        code = int(exited.group(1))
-    else:
-        name = how.removesuffix(" (core dumped)")
-        if name not in _SIGNALS:
-            return {}
-        code = -_SIGNALS[name]
-    return dict.fromkeys(_numbers(tasks.split(",")), code)
-
-
-def _numbers(spans: Sequence[str]) -> Iterable[int]:
-    for span in spans:
-        first, _, last = span.partition("-")
-        yield from range(int(first), int(last or first) + 1)
 
 
 def may_requeue(history: Sequence[Record], most: int) -> str | None:
@@ -252,8 +191,8 @@ def may_requeue(history: Sequence[Record], most: int) -> str | None:
         return f"it was queued again {len(steps)} times, and launch.slurm.requeues is {most}"
     if len(steps) >= NO_PROGRESS_LIMIT and len(set(steps[-NO_PROGRESS_LIMIT:])) == 1:
         return (
-            f"it was queued again {NO_PROGRESS_LIMIT} times in a row at step {steps[-1]}: jobs are too short to save"
-            " in; set a longer launch.slurm.time, or save more often"
+            f"it was queued again {NO_PROGRESS_LIMIT} times in a row at step {steps[-1]} and saved nothing in between;"
+            " set a longer launch.slurm.time, save more often, or exclude a node where nothing starts"
         )
     return None
 
@@ -273,7 +212,8 @@ def _supervise(folder: RunFolder, launch: LaunchConfig, job: str) -> tuple[int, 
 
 
 def as_job(arguments: list[str], drive: Callable[[RunFolder, LaunchConfig, str], tuple[int, int | None]]) -> int:
-    """The exit code of this job, whose batch step drives the run of a folder; it is queued again where time is over.
+    """The exit code of this job, whose batch step drives the run of a folder; it is queued again where time is over,
+    and where Slurm has lost count of its nodes.
 
     drive: of the folder, what it asks for and the job's number; returns the run's exit code and which signal asked it
     to leave, if one did.
@@ -286,7 +226,11 @@ def as_job(arguments: list[str], drive: Callable[[RunFolder, LaunchConfig, str],
         if ROOT.name.startswith("code-"):
             check_code(ROOT)
         launch = load(LaunchConfig, [folder.launch])
-        code, asked = drive(folder, launch, job)
+        try:
+            code, asked = drive(folder, launch, job)
+        except NodesTakenError as error:
+            folder.event("warning", str(error))
+            return queue_again(folder, launch, job)
         return queue_again(folder, launch, job) if code == PREEMPTED and asked == signal.SIGUSR1 else code
     except LeviathanError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

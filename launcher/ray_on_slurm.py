@@ -25,10 +25,11 @@ from launcher.config import LaunchConfig
 from launcher.network import free_port
 from launcher.on_ray import DriverProcess, asked_code, code_of_job
 from launcher.on_slurm import as_job
+from launcher.srun import Step
 from launcher.supervise import REQUESTS
 from pretrain.run_folder import RunFolder
 
-_UP_S, _DOWN_S, _POLL_S = 120.0, 10.0, 0.25
+_UP_S, _POLL_S = 120.0, 0.25
 _OBJECTS_BYTES = 100 << 20
 """Ray's own store of objects: what it carries here are a few sentences."""
 
@@ -42,7 +43,7 @@ class _Cluster:
         self._token, self._ray = folder.path / "ray.token", Path(sys.executable).parent / "ray"
         if not self._ray.exists():
             raise ConfigError(f"there is no {self._ray}; pip install -c constraints.txt 'ray[default]'")
-        self._steps: list[subprocess.Popen[bytes]] = []
+        self._steps: list[Step] = []
         address = self._nodes[0].address
         self.address = f"{address}:{free_port(address)}"
 
@@ -67,22 +68,15 @@ class _Cluster:
     def down(self) -> None:
         """End every process of the cluster."""
         # not politely: a node of Ray would wait for work that is no more
-        with contextlib.suppress(LeviathanError):
-            slurm.kill_steps(self._job)
         for step in self._steps:
-            try:
-                step.wait(_DOWN_S)
-            except subprocess.TimeoutExpired:
-                step.kill()
+            step.end()
         self._token.unlink(missing_ok=True)
 
     def check(self) -> None:
-        """Raises LeviathanError where a part of the cluster has ended by itself."""
+        """Raises LeviathanError where a part of the cluster has ended by itself, or cannot begin."""
         for step in self._steps:
-            if step.poll() is not None:
-                raise LeviathanError(
-                    f"Ray has ended on a node (exit code {step.returncode}); see {self._folder.logs}/ray_*.log"
-                )
+            if (code := step.poll()) is not None:
+                raise LeviathanError(f"Ray has ended on a node (exit code {code}); see {self._folder.logs}/ray_*.log")
 
     def _srun(self, environment: dict[str, str], nodes: list[slurm.Node], log: str, *words: str) -> None:
         """`ray start` on nodes, as one step that lives as long as they do."""
@@ -90,16 +84,14 @@ class _Cluster:
         cores = launch.ranks // launch.nodes * launch.ray.cpus_per_rank
         count, names = str(len(nodes)), ",".join(node.name for node in nodes)
         logs = str(self._folder.logs.resolve()).replace("%", "%%")
-        step = ["srun", "--overlap", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1",
-                f"--nodelist={names}", "--kill-on-bad-exit=0", "--wait=0", "--cpu-bind=none", "--open-mode=append",
-                f"--cpus-per-task={os.environ.get('SLURM_CPUS_ON_NODE', '1')}",
+        step = [f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", f"--nodelist={names}", "--wait=0",
+                "--cpu-bind=none", f"--cpus-per-task={os.environ.get('SLURM_CPUS_ON_NODE', '1')}",
                 f"--output={logs}/ray_{log}_%t.log"]  # fmt: skip
         start = [str(self._ray), "start", *words, f"--num-cpus={max(1, math.ceil(cores))}", "--block",
                  "--disable-usage-stats", f"--object-store-memory={_OBJECTS_BYTES}"]  # fmt: skip
         if asks.gpus_per_node is not None:
             start.append(f"--num-gpus={asks.gpus_per_node}")
-        self._steps.append(subprocess.Popen([*step, *asks.wrapper, *start], env=os.environ | environment,
-                                            stdin=subprocess.DEVNULL, start_new_session=True))  # fmt: skip
+        self._steps.append(Step(self._job, [*step, *asks.wrapper, *start], os.environ | environment))
 
     def _wait(self, environment: dict[str, str]) -> None:
         """Until the head answers."""

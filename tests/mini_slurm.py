@@ -83,6 +83,8 @@ class MiniSlurm:
         self.base = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: sockets' paths are
         self.env = {"SLURM_CONF": str(self.base / "slurm.conf")}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self.daemons_port = 0
+        """Where the nodes' own daemons listen, once they do, if nodes are apart."""
 
     def __enter__(self) -> MiniSlurm:
         try:
@@ -181,6 +183,7 @@ class MiniSlurm:
 
     def _conf(self) -> str:
         here, port = socket.gethostname().split(".")[0], _free_ports(self.count + 2)
+        self.daemons_port = port[1]
         apart = self._network
         where = {
             n: f"NodeHostname={here} NodeAddr=127.0.0.1 Port={port[n + 1]}"

@@ -118,6 +118,14 @@ class Network:
         """Let one node not reach another, while all else works."""
         _ip("-n", self._space(number), "route", "add", "blackhole", f"{self.address(other)}/32")
 
+    def mute(self, number: int, port: int) -> None:
+        """Let nobody get an answer from a port of a node, which itself reaches whom it calls."""
+        _ip("-n", self._space(number), "rule", "add", *_from_port(port))
+
+    def unmute(self, number: int, port: int) -> None:
+        """Let its answers through again."""
+        _ip("-n", self._space(number), "rule", "del", *_from_port(port))
+
     def _build(self) -> None:
         _ip("addr", "add", f"{self.address()}/24", "dev", self._bridge)
         _ip("link", "set", self._bridge, "up")
@@ -145,6 +153,10 @@ class Network:
 
     def _space(self, number: int) -> str:
         return f"{self._tag}n{number}"
+
+
+def _from_port(port: int) -> tuple[str, ...]:
+    return "ipproto", "tcp", "sport", str(port), "blackhole"
 
 
 def _take_subnet() -> tuple[str, str]:

@@ -29,9 +29,9 @@ LONG_S = 300
 """What clusters have: Slurm takes no node for dead before these tests are over."""
 
 
-def submit_and_rest(cluster, config, env=REST):
+def submit_and_rest(cluster, config, *words, env=REST):
     """A run that has a checkpoint of step 10 and rests in step 12."""
-    run, job = submit(cluster, config, QUICK, env=env)
+    run, job = submit(cluster, config, QUICK, *words, env=env)
     wait_until(lambda: run.committed_steps()[:1] == [10] and len(run.steps()) == 12, seconds=JOB_S)
     return run, job
 
@@ -69,7 +69,30 @@ def test_where_no_node_is_left_over_a_job_waits_for_the_dead_one(tiny, undisturb
         assert cluster.state(job) == "PENDING"
         cluster.start_node(number)
         assert_undisturbed(cluster, run, job, undisturbed)
-    assert len(events(run, "launch")) == 2
+    # once more where Slurm takes the word of a node that was dead for the end of the job's new start; see below
+    assert len(events(run, "launch")) == 2 + len(events(run, "requeue"))
+
+
+def test_a_job_whose_nodes_slurm_has_lost_count_of_is_queued_again(tiny, undisturbed, tmp_path):
+    # Slurm asks a dead node to end its job until it answers. Here it answers when the job runs there again, and Slurm
+    # takes that for the new start's end; only then does the supervisor begin.
+    late = tmp_path / "late.sh"
+    late.write_text("sleep 5\n")
+    with MiniSlurm(2, apart=True) as cluster:
+        run, job = submit_and_rest(cluster, tiny, f"launch.slurm.env_file={late}")
+        cluster.network.kill(2)
+        cluster.network.mute(2, cluster.daemons_port)
+        wait_until(lambda: cluster.restarts(job) == 1 and cluster.state(job) == "PENDING", seconds=90)
+        cluster.start_node(2)
+        cluster.start_at_once(job)
+        wait_until(lambda: cluster.state(job) == "RUNNING", seconds=30)
+        cluster.network.unmute(2, cluster.daemons_port)
+        assert_undisturbed(cluster, run, job, undisturbed)
+    (warning,) = [said for said in events(run, "warning") if "start nothing on its own nodes" in said]
+    assert warning.startswith(f"Slurm lets job {job} start nothing on its own nodes, and has not for 30 s")
+    (again,) = events(run, "requeue")
+    assert again.endswith("it goes on from step 10")
+    assert len(events(run, "launch")) == 3
 
 
 def test_a_node_that_comes_back_before_slurm_has_missed_it_goes_on_in_the_same_job(tiny, undisturbed):

@@ -1,27 +1,8 @@
-"""What srun tells of tasks, when a job may be queued again, and who is where; jobs themselves are in tests/faults."""
+"""When a job may be queued again; jobs themselves are in tests/faults."""
 
 from __future__ import annotations
 
-import pytest
-
-from launcher.on_slurm import codes_told, may_requeue
-
-
-@pytest.mark.parametrize(
-    ("line", "codes"),
-    [
-        ("srun: error: n2: task 1: Killed", {1: -9}),
-        ("srun: error: n1: tasks 0-2,5: Exited with exit code 75", {0: 75, 1: 75, 2: 75, 5: 75}),
-        ("srun: error: n1: task 3: Segmentation fault (core dumped)", {3: -11}),
-        ("srun: error: n1: task 0: Terminated\n", {0: -15}),
-        ("srun: error: n1: task 0: Aborted", {0: -6}),
-        ("srun: Job step aborted: Waiting up to 32 seconds for job step to finish.", {}),
-        ("srun: error: Node failure on n3", {}),
-        ("error: something of a library's own", {}),
-    ],
-)
-def test_codes_are_read_from_what_srun_tells(line, codes):
-    assert codes_told(line) == codes
+from launcher.on_slurm import may_requeue
 
 
 def requeues(*steps):
