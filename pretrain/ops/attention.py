@@ -63,32 +63,31 @@ class _MembersAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
         heads = q.shape[:3]
         q, k, v = (x.flatten(0, 2).contiguous() for x in (q * scale, k, v))
-        out, kept = q.new_empty(*q.shape[:-1], v.shape[-1]), []
+        found, kept = [], []
         for rows, seen in _blocks(q.shape[1]):
             weights = torch.bmm(q[:, rows], k[:, seen].mT)
             weights.unflatten(0, heads).add_(bias[..., rows, seen])
             torch.softmax(weights, -1, out=weights)
-            torch.bmm(weights, v[:, seen], out=out[:, rows])
+            # never into a part of a whole: torch multiplies into what is not contiguous one matrix at a time
+            found.append(torch.bmm(weights, v[:, seen]))
             kept.append(weights)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.scale, ctx.heads = scale, heads
-        return out.unflatten(0, heads)
+        return torch.cat(found, 1).unflatten(0, heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, *kept = ctx.saved_tensors
-        grad, beta = grad.flatten(0, 2).contiguous(), 0
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        # from the last rows on, which see every key: what the others add has something to be added to
-        for (rows, seen), weights in reversed(list(zip(_blocks(q.shape[1]), kept))):
+        grad = grad.flatten(0, 2).contiguous()
+        grads_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
+        for (rows, seen), weights in zip(_blocks(q.shape[1]), kept):
             scores = torch.bmm(grad[:, rows], v[:, seen].mT)
             torch._softmax_backward_data(scores, weights, -1, weights.dtype, grad_input=scores)
-            torch.bmm(scores, k[:, seen], out=grad_q[:, rows])
-            grad_k[:, seen].baddbmm_(scores.mT, q[:, rows], beta=beta)
-            grad_v[:, seen].baddbmm_(weights.mT, grad[:, rows], beta=beta)
-            beta = 1
-        grads = [each.unflatten(0, ctx.heads) for each in (grad_q.mul_(ctx.scale), grad_k, grad_v)]
+            grads_q.append(torch.bmm(scores, k[:, seen]))
+            grad_k[:, seen] += torch.bmm(scores.mT, q[:, rows])
+            grad_v[:, seen] += torch.bmm(weights.mT, grad[:, rows])
+        grads = [each.unflatten(0, ctx.heads) for each in (torch.cat(grads_q, 1).mul_(ctx.scale), grad_k, grad_v)]
         return grads[0], grads[1], grads[2], None, None
 
 
