@@ -21,7 +21,7 @@ from benchmarks import simulate_here as here
 from benchmarks.common import Table
 from benchmarks.scale_manifest import manifest
 from benchmarks.simulate_clusters import Figures, Local, bottleneck
-from benchmarks.simulate_run import SHARED_LOOKS, Run
+from benchmarks.simulate_run import OPENS_ALL, SHARED_LOOKS, Run
 from launcher.beacons import Beacons
 
 ERROR, TRAFFIC, LOST, START_S, HEARD = 0.3, 1.2, 0.10, 300.0, 0.95
@@ -122,6 +122,11 @@ def _clusters(table: Table, local: Local, shards: int) -> None:
     name, share = bottleneck(other.start)
     what = "if every rank looked at all shards" if SHARED_LOOKS else "if ranks shared the look at all shards"
     table.add(f"H100, {largest:,} ranks: launch to first step, {what}", other.start.first_s, "s",
+              note=f"({share:.0%} of it {name}; {other.lost:.3f} lost to failures)")  # fmt: skip
+    other = clusters.figures(machine, replace(job, opens_all=not OPENS_ALL), alone)
+    name, share = bottleneck(other.again)
+    what = "each its own file" if OPENS_ALL else "every file of the checkpoint"
+    table.add(f"H100, {largest:,} ranks: to start again, if ranks opened {what}", other.again.first_s, "s",
               note=f"({share:.0%} of it {name}; {other.lost:.3f} lost to failures)")  # fmt: skip
     nodes = [-(-ranks // machine.ranks_per_node) for ranks in (8, largest)]
     few, many = (of[ranks].start.start_bytes / count for ranks, count in zip((8, largest), nodes))

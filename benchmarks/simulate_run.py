@@ -13,11 +13,14 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from benchmarks.simulate import Clock, Door, Gate, Process, Rounds, Shared, Use
+from pretrain.checkpoint import NOTES_AT_ONCE
 
 BLOCK = 1 << 20
 """Bytes of a shard that are read and checked at once (data_pipeline/shards.py)."""
 SHARED_LOOKS = True
 """Whether ranks share the look at all shards' sizes, or each looks at all (data_pipeline/dataset.py)."""
+OPENS_ALL = False
+"""Whether a rank that goes on opens every file of a checkpoint, or its own (pretrain/checkpoint_files.py)."""
 NOTE_WAIT_S = 0.02
 """Rank 0 looks so often whether all notes of a checkpoint are there (pretrain/checkpoint.py)."""
 
@@ -77,6 +80,7 @@ class Job:
     steps: int = 12
     save_at: int = 6
     shared_looks: bool = SHARED_LOOKS
+    opens_all: bool = OPENS_ALL
     resumes: bool = False
 
 
@@ -107,7 +111,7 @@ class Run:
         self._read, self._write = Shared(c, m.read, m.node_read), Shared(c, m.write, m.node_write / m.ranks_per_node)
         self._code, self._tables = ([Door(c) for _ in range(self.nodes)] for _ in range(2))
         self._rounds, self._notes = Rounds(c, job.ranks), Gate(c, job.ranks)
-        self._exchange = self._cost(m.reduces, m.gathers)
+        self._exchange, self._gathering = self._cost(m.reduces, m.gathers), self._cost((), m.gathers)
         self._agreement = self._cost((8.0, 4.0), ())
         self._random = random.Random(seed)
         self._phases: dict[str, float] = defaultdict(float)
@@ -199,14 +203,17 @@ class Run:
         return read
 
     def _restore(self, cores: Shared) -> Process:
-        """A rank looks at the size of every file, hashes its share of them, opens every one to know what is in it, and
-        reads what is its own."""
+        """A rank looks at its share of the files, hashes it, and opens and reads its own; parameters are gathered."""
         job, m = self.job, self.machine
         share = job.state_bytes / job.ranks
-        yield Use(self._looks, 2.0 * job.ranks)
+        files = float(job.ranks) if job.opens_all else 1.0
+        yield Use(self._looks, 2.0 * files)
         yield Use(self._read, 2 * share)
         yield Use(cores, m.save_core_s * share)
         yield self._rounds.gate(-2)
+        core_s, wait_s = self._gathering
+        yield Use(cores, core_s)
+        yield wait_s
 
     def _first_data(self) -> Process:
         job = self.job
@@ -255,10 +262,22 @@ class Run:
             return
         yield self._notes
         yield NOTE_WAIT_S / 2
-        # of each rank, one after the other: whether its note is there, the note itself; then the note is removed
-        yield Use(self._looks, 3.0 * ranks)
-        yield Use(self._makes, ranks + 4.0)
+        # the note of each rank is read, then removed, so many at once
+        yield from self._at_once(self._looks, float(ranks))
+        yield from self._at_once(self._makes, float(ranks))
+        yield Use(self._makes, 4.0)
         self.outcome.durable_s = self.clock.now - began
+
+    def _at_once(self, of: Shared, work: float) -> Process:
+        """Work that some threads of a rank share."""
+        ends = Gate(self.clock, NOTES_AT_ONCE + 1)
+        for _ in range(NOTES_AT_ONCE):
+            self.clock.start(self._part(of, work / NOTES_AT_ONCE, ends))
+        yield ends
+
+    def _part(self, of: Shared, work: float, ends: Gate) -> Process:
+        yield Use(of, work)
+        yield ends
 
     def _hash(self, node: int, share: float, halves: Gate) -> Process:
         yield Use(self._cores[node], self.machine.save_core_s * share / 2)

@@ -264,10 +264,16 @@ class DeepSpeedEngine:
     def _refresh(self, reader: FragmentReader) -> None:
         """Bring the parameters that the model computes with in line with the masters just loaded."""
         zero = self._engine.optimizer
+        parted = False
         for name, p in self.model.named_parameters():
-            if not hasattr(p, "ds_id"):
+            if hasattr(p, "_hp_mapping"):
+                parted = True
+            elif not hasattr(p, "ds_id"):
                 start = self._first(name)
                 p.data.copy_(reader.read(name, PARAM, start, start + p.numel()).view(p.shape))
+        if parted:
+            # from each other: of a checkpoint a rank reads no more than its own part
+            zero.update_lp_params()
         if self._zero == 3:
             for group in range(len(zero.fp32_partitioned_groups_flat)):
                 zero._reassign_or_swap_out_partitioned_parameters(group)

@@ -186,7 +186,8 @@ class Session:
         model = build(self.config.model, self.dataset.tokenizer.vocab)
         new = new_part(model, found.facts["shapes"]) if may_grow else []
         self._check_shapes(found, new)
-        self.engine.load(Grown(open_files(found), model, self.config.run.seed, new) if new else open_files(found))
+        files = open_files(found, self.ranks.rank, self.ranks.world)
+        self.engine.load(Grown(files, model, self.config.run.seed, new) if new else files)
         if new and self.ranks.first:
             self.folder.event("grow", f"{found.path} has no {', '.join(new)}: they begin anew", step=found.step)
 

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.simulate_clusters import Local, figures, h100, large_job
 from benchmarks.simulate_run import BLOCK, Habits, Job, Machine, Run, best_interval, lost_to_failures, ring
+from pretrain.checkpoint import NOTES_AT_ONCE
 
 FREE = Machine(
     name="free", ranks_per_node=4, cores=4.0, spawn_s=0.0, fan_out_s=0.0, start_core_s=0.0, start_bytes=0.0,
@@ -137,15 +138,28 @@ def test_the_best_interval_is_where_saving_less_and_more_often_both_lose_more():
     assert losses[1] == min(losses)
 
 
-def test_a_restart_looks_at_every_file_from_every_rank():
-    """Why the largest runs take so long to start again: the square of their ranks."""
+def test_a_restart_takes_the_square_of_the_ranks_only_where_each_opens_every_file():
     machine = replace(h100(LOCAL), cores=1e6)
-    of = {ranks: figures(machine, replace(large_job(ranks, 1000), shared_looks=True), 1.0) for ranks in (512, 1024)}
-    restores = {ranks: each.again.phases["restore"] for ranks, each in of.items()}
-    looks = 2 * 1024**2 / machine.looks
-    assert restores[1024] > looks
-    assert math.log2(restores[1024] / restores[512]) > 0.9
-    assert "restore" not in of[512].start.phases
+
+    def restores(opens_all):
+        jobs = (replace(large_job(ranks, 1000), shared_looks=True, opens_all=opens_all) for ranks in (512, 1024))
+        return [figures(machine, job, 1.0).again.phases["restore"] for job in jobs]
+
+    few, many = restores(opens_all=True)
+    assert many > 2 * 1024**2 / machine.looks
+    assert math.log2(many / few) > 0.9
+    own_few, own_many = restores(opens_all=False)
+    gathers = sum(ring(machine, 1024, size, is_sum=False)[1] for size in machine.gathers)
+    assert own_many < 0.1 + gathers
+    assert own_few < few / 5
+    assert "restore" not in figures(machine, large_job(512, 1000), 1.0).start.phases
+
+
+def test_notes_of_a_save_are_read_by_some_threads_and_as_fast_as_storage_lets_them():
+    for looks, seconds in ((1e12, 1200 * 0.01 / NOTES_AT_ONCE), (200.0, 1200 / 200)):
+        machine = replace(FREE, looks=looks, look_s=0.01)
+        out = Run(machine, replace(SMALL, ranks=1200)).simulate()
+        assert out.durable_s == pytest.approx(seconds, rel=0.03)
 
 
 def test_code_and_manifest_come_from_storage_once_a_node_however_many_ranks_it_has():

@@ -36,6 +36,8 @@ def test_two_ranks_of_every_stage_load_every_stage(saved_by_two):
             assert results[f"{writer}>{reader} state"] == results[f"{writer} state"], (writer, reader)
             exact = close(results, writer, reader, results[f"{writer} losses"])
             assert exact or writer != reader, writer
+    for stage in "123":
+        assert results[f"{stage}>{stage} opened"] == 2, "each rank opens what it wrote, and nothing else"
 
 
 def test_one_rank_of_every_stage_and_plain_torch_load_what_two_saved(saved_by_two, tmp_path):

@@ -19,7 +19,7 @@ from configs.load import build as checked
 from data_pipeline.batch import Batch, collate
 from pretrain import faults
 from pretrain.checkpoint import CheckpointStore
-from pretrain.checkpoint_files import newest_readable, open_files
+from pretrain.checkpoint_files import CheckpointFiles, newest_readable, open_files
 from pretrain.config import CheckpointConfig, EngineConfig, ModelConfig, OptimConfig, PartConfig
 from pretrain.engine import Engine, TorchEngine
 from pretrain.engine_deepspeed import DeepSpeedEngine
@@ -28,7 +28,7 @@ from pretrain.model import LossParts
 from pretrain.models.build import build
 from pretrain.models.language_model import LanguageModel
 from pretrain.ops.expert_parallel import shard_experts
-from pretrain.parallel import Ranks
+from pretrain.parallel import Ranks, sum_over_ranks
 from pretrain.run_folder import RunFolder
 from tests.ranks import work
 
@@ -117,6 +117,11 @@ def whole_state(engine: Engine, folder: Path) -> dict[str, str]:
     } | {"updates": str(files.updates)}
 
 
+def files_of(folder: Path) -> CheckpointFiles:
+    """What a rank goes on with, as a run does."""
+    return open_files(newest_readable(RunFolder(folder)), RANKS.rank, RANKS.world)
+
+
 def wait_for(run: RunFolder) -> None:
     """Rank 0 commits in the background: all ranks wait for it."""
     from pretrain.parallel import barrier
@@ -150,7 +155,9 @@ def reshard(
             results[f"{writer} losses"] = train(engine, 4, 8)
         for reader in readers:
             engine = engine_of(reader, precision, counting=counting)
-            engine.load(open_files(newest_readable(RunFolder(folder))))
+            files = files_of(folder)
+            engine.load(files)
+            results[f"{writer}>{reader} opened"] = int(sum_over_ranks(torch.tensor([float(files.opened)])).item())
             results[f"{writer}>{reader} state"] = whole_state(engine, out / f"again-{writer}-{reader}")
             results[f"{writer}>{reader} losses"] = train(engine, 4, 8)
     return results
@@ -202,7 +209,7 @@ def options(out: Path, stages: list[str], key: str) -> object:
         results[f"{stage} state"] = whole_state(engine, out / f"{key}-{stage}")
         results[f"{stage} on"] = train(engine, 4, 6)
         engine = engine_of(stage, **{key: True})
-        engine.load(open_files(newest_readable(RunFolder(out / f"{key}-{stage}"))))
+        engine.load(files_of(out / f"{key}-{stage}"))
         results[f"{stage} again"] = train(engine, 4, 6)
     return results
 
@@ -231,7 +238,7 @@ def muon(out: Path, stages: list[str]) -> object:
         whole_state(engine, out / f"muon-{stage}")
         second = train(engine, 4, 6)
         engine = engine_of(stage, optim=optim)
-        engine.load(open_files(newest_readable(RunFolder(out / f"muon-{stage}"))))
+        engine.load(files_of(out / f"muon-{stage}"))
         results[stage] = [first, second, train(engine, 4, 6)]
     return results
 

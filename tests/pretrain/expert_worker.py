@@ -6,12 +6,10 @@ from pathlib import Path
 
 import torch
 
-from pretrain.checkpoint_files import newest_readable, open_files
 from pretrain.config import ModelConfig, OptimConfig, PartConfig
 from pretrain.engine import Engine
 from pretrain.layout import Layout
-from pretrain.run_folder import RunFolder
-from tests.pretrain.engine_worker import LENGTH, batches, engine_of, whole_state
+from tests.pretrain.engine_worker import LENGTH, batches, engine_of, files_of, whole_state
 from tests.ranks import work
 
 MOE = {"experts": 4, "balance_loss": 0.05, "z_loss": 0.01}
@@ -72,7 +70,7 @@ def taken_over(out: Path, source: str, cases: dict[str, dict[str, object]], step
     for saved in sorted(Path(source).glob("*/checkpoints")):
         for name, case in cases.items():
             engine = make(**case)
-            engine.load(open_files(newest_readable(RunFolder(saved.parent))))
+            engine.load(files_of(saved.parent))
             pair = f"{saved.parent.name}>{name}"
             results[pair] = {
                 "state": whole_state(engine, out / pair), "logits": logits(engine),
