@@ -1,9 +1,9 @@
+"""Files, folders and globs as documents: every format, every slice, and what is too much."""
+
 from __future__ import annotations
 
 import dataclasses
-import functools
 import gzip
-import http.server
 import io
 import itertools
 import json
@@ -12,13 +12,10 @@ import pickle
 import random
 import resource
 import tarfile
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec.implementations.memory
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,78 +23,11 @@ import zstandard
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from configs.errors import ConfigError, DataError
-from data_pipeline import corpora, documents, embedded, places, textfiles
+from configs.errors import DataError
+from data_pipeline import corpora, documents, textfiles
 from data_pipeline.config import SourceConfig
-from data_pipeline.documents import Document, Slice
-
-MIB = 1 << 20
-PROPERTY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def read_all(path: object, slice_bytes: int = MIB, **keys: object) -> list[Document]:
-    plan = corpora.plan("s", SourceConfig(path=str(path), **keys), slice_bytes)
-    assert [part.number for part in plan.slices] == list(range(len(plan.slices)))
-    return [document for part in plan.slices for document in corpora.read(part)]
-
-
-def texts(path: object, slice_bytes: int = MIB, **keys: object) -> list[str]:
-    return [document.text for document in read_all(path, slice_bytes, **keys)]
-
-
-def lines(*records: object) -> bytes:
-    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
-
-
-def make_tar(path: Path, members: list[tuple[str, bytes]], **kind: Any) -> Path:
-    with tarfile.open(path, "w", **kind) as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-# ---- text that every machine has
-
-
-@pytest.mark.parametrize("name", ["stdlib", "headers", "docs", "unicode"])
-def test_embedded_text_is_the_same_at_every_reading(name: str) -> None:
-    plan = corpora.plan("s", SourceConfig(path=name), MIB // 4)
-    assert plan == corpora.plan("s", SourceConfig(path=name), MIB // 4)
-    first = list(corpora.read(plan.slices[0]))
-    assert first == list(corpora.read(plan.slices[0]))
-    names = [document.name for document in first + list(corpora.read(plan.slices[-1]))]
-    assert len(set(names)) == len(names) > 1
-    assert not any(name.startswith("/") or ".." in name or "site-packages" in name for name in names)
-    assert sum(len(document.text) for document in first) > MIB // 16
-
-
-def test_the_documentation_is_prose_under_the_names_of_things() -> None:
-    wanted = ("textwrap.py", "pydoc_data/topics.py")
-    parts = [part for part in embedded.parts_of("docs") if part.name in wanted]
-    found = {document.name: document.text for part in parts for document in embedded.read_part(part)}
-    assert "textwrap.wrap\n\nWrap a single paragraph of text" in found["textwrap.py"]
-    assert "def wrap(" not in found["textwrap.py"]
-    assert found["pydoc_data/topics.py/truth"].startswith("Truth Value Testing")
-
-
-def test_characters_are_listed_by_name() -> None:
-    plan = corpora.plan("s", SourceConfig(path="unicode"), 64 * MIB)
-    found = {document.name: document.text for part in plan.slices for document in corpora.read(part)}
-    assert "U+0041 A LATIN CAPITAL LETTER A\n" in found["U+0000"]
-    assert "U+1F600 😀 GRINNING FACE\n" in found["U+1F600"]
-    assert "U+D800" not in found
-
-
-def test_a_file_with_the_name_of_an_embedded_corpus_is_written_with_its_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "stdlib").mkdir()
-    (tmp_path / "stdlib" / "a.txt").write_text("mine")
-    assert texts("./stdlib") == ["mine"]
-
+from data_pipeline.documents import Slice
+from tests.data_pipeline.reading import MIB, PROPERTY, lines, make_tar, read_all, texts
 
 # ---- files, folders, globs
 
@@ -363,135 +293,6 @@ def test_a_limit_takes_the_first_text_and_no_more(tmp_path: Path, wanted: list[s
     assert len(taken.encode()) == min(limit, len(whole.encode())) or 0 <= limit - len(taken.encode()) < 4
 
 
-# ---- tars from anywhere
-
-
-def header(name: bytes, size: bytes = b"00000000001\0", kind: bytes = b"0", magic: bytes = b"ustar\x0000") -> bytes:
-    block = bytearray(512)
-    block[:100] = name.ljust(100, b"\0")
-    block[124:136], block[156:157], block[257:265] = size, kind, magic
-    block[148:156] = b" " * 8
-    block[148:156] = b"%06o\0 " % sum(block)
-    return bytes(block)
-
-
-END = bytes(1024)
-BODY = b"x".ljust(512, b"\0")
-
-
-def member(**keys: Any) -> bytes:
-    return header(b"a.txt", **keys) + BODY + END
-
-
-def extended(record: bytes) -> bytes:
-    return header(b"p", b"%011o\0" % len(record), b"x") + record.ljust(512, b"\0")
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (member(kind=b"1"), ["'a.txt' is a hard link"]),
-        (member(kind=b"2"), ["'a.txt' is a symbolic link", "only plain files"]),
-        (member(kind=b"3"), ["is a device"]),
-        (member(kind=b"6"), ["is a pipe"]),
-        (member(kind=b"S"), ["is a sparse file"]),
-        (member(kind=b"Z"), ["of the unknown type b'Z'"]),
-        (member(size=b"77777777777\0"), ["'a.txt' has 8,589,934,591 bytes; the limit is 67,108,864"]),
-        (member(size=b"\x80" + b"\x7f" * 11), ["bytes; the limit is"]),
-        (member(size=b"\xff" * 12), ["damaged (a member has the size"]),
-        (member(size=b"-0000000001\0"), ["damaged (a member has the size"]),
-        (member(size=b"0000000099z\0"), ["damaged (a member has the size"]),
-        (member(kind=b"x", size=b"77777777777\0"), ["the limit is 65,536"]),
-        (member(kind=b"L", size=b"77777777777\0"), ["the limit is 65,536"]),
-        (member(kind=b"x"), ["an extended header that cannot be read"]),
-        (extended(b"17 size=-1024000\n") + member(), ["the size '-1024000'"]),
-        (extended(b"22 GNU.sparse.major=1\n") + member(), ["a sparse file"]),
-        (member()[:-1024], ["cut off"]),
-        (member()[:700], ["cut off"]),
-        (b"", ["cut off"]),
-        (gzip.compress(member()), ["cut off"]),
-        (gzip.compress(os.urandom(4000) + member()), ["no plain tar"]),
-        (b"garbage " * 200, ["no plain tar"]),
-        (header(b"a.pkl") + BODY + END, ["'a.pkl' is neither .txt nor .json"]),
-        (header(b"weights.pth") + BODY + END, ["'weights.pth' is neither .txt nor .json"]),
-        (header(b"a.txt.pyd") + BODY + END, ["'a.txt.pyd' is neither"]),
-        (header(b"noname") + BODY + END, ["'noname' is neither"]),
-        (header(b"../../x\x1b[2J.pickle") + BODY + END, [r"x\x1b[2J.pickle"]),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)  # fmt: skip
-def test_a_tar_with_anything_but_plain_text_is_refused(
-    tmp_path: Path, says: Any, content: bytes, words: list[str]
-) -> None:
-    (tmp_path / "a.tar").write_bytes(content)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(DataError) as error:
-        read_all(tmp_path / "a.tar")
-    says(error, "a.tar", *words)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
-    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
-
-
-def test_nothing_in_a_tar_is_executed_or_extracted(tmp_path: Path) -> None:
-    canary = tmp_path / "canary"
-
-    class Bomb:
-        def __reduce__(self) -> tuple[Any, ...]:
-            return Path.touch, (canary,)
-
-    for suffix in ("pkl", "pickle", "pyd", "pth", "pt", "npy", "json", "txt"):
-        make_tar(tmp_path / "a.tar", [(f"../x.{suffix}", pickle.dumps(Bomb()))])
-        if suffix == "txt":
-            assert [document.problem for document in read_all(tmp_path / "a.tar")] == ["unicode"]
-            continue
-        with pytest.raises(DataError):
-            read_all(tmp_path / "a.tar")
-    assert not canary.exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar"]
-
-
-@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_tars_of_every_writer_are_read(tmp_path: Path, form: int) -> None:
-    deep = "d" * 90 + "/" + "n" * 90 + ".txt"
-    names = ["a.txt", deep, "b/c.txt"] + (["ü" * 120 + ".txt"] if form != tarfile.USTAR_FORMAT else [])
-    with tarfile.open(tmp_path / "a.tar", "w", format=form) as tar:
-        folder = tarfile.TarInfo("b/")
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
-        for name in names:
-            info = tarfile.TarInfo(name)
-            info.size = 5
-            tar.addfile(info, io.BytesIO(b"hello"))
-    assert [document.name for document in read_all(tmp_path / "a.tar")] == [f"a.tar/{name}" for name in names]
-
-
-def test_a_json_beside_a_text_describes_it(tmp_path: Path) -> None:
-    sample = [("1.json", b'{"id": 1}'), ("1.txt", b"one"), ("2.txt", b"two"), ("2.json", b"{}")]
-    make_tar(tmp_path / "a.tar", [*sample, ("3.json", b'{"text": "three"}'), ("4.json", b'{"text": "four"}')])
-    assert texts(tmp_path / "a.tar") == ["one", "two", "three", "four"]
-    make_tar(tmp_path / "a.tar", [("5.json", b'{"id": 1}')])
-    with pytest.raises(DataError, match=r"a\.tar: member '5\.json': no key 'text', found 'id'"):
-        texts(tmp_path / "a.tar")
-
-
-def test_every_flipped_bit_of_a_tar_header_is_found_or_harmless(tmp_path: Path) -> None:
-    content = make_tar(tmp_path / "a.tar", [(f"{i}.txt", b"hello") for i in range(3)]).read_bytes()
-    wanted, draw, found = read_all(tmp_path / "a.tar"), random.Random(0), 0
-    for bit in draw.sample(range(3 * 1024 * 8), 300):
-        at = bit // 8
-        if at % 1024 >= 512:
-            continue  # the text itself has no checksum in a tar
-        damaged = bytearray(content)
-        damaged[at] ^= 1 << bit % 8
-        (tmp_path / "a.tar").write_bytes(damaged)
-        try:
-            # the blank that ends the checksum may be any blank
-            assert read_all(tmp_path / "a.tar") == wanted
-        except DataError:
-            found += 1
-    assert found > 100
-
-
 # ---- too much
 
 
@@ -528,141 +329,6 @@ def test_a_document_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(DataError, match="row 1 has a document of more than"):
         read_all(tmp_path / "a.parquet")
     assert documents.MAX_DOCUMENT == 64 * MIB
-
-
-# ---- URLs
-
-
-@pytest.mark.parametrize(
-    ("url", "words"),
-    [
-        ("pipe:touch canary; cat x.txt", ["pipe: is not read from"]),
-        ("pipe://touch canary", ["pipe: is not read from"]),
-        ("file:/etc/passwd", ["file: is not read from", "./like:this"]),
-        ("file:///etc/passwd.txt", ["file: is not read from"]),
-        ("hf://datasets/a/b.parquet", ["hf: is not read from"]),
-        ("ais://bucket/x.tar", ["ais: is not read from"]),
-        ("ssh://host/x.txt", ["ssh: is not read from"]),
-        ("simplecache::https://h/x.txt", ["simplecache: is not read from"]),
-        ("https://h/x.txt::file:///etc/passwd", ["no plain URL"]),
-        ("https:/h/x.txt", ["https: is not read from"]),
-        ("https:///x.txt", ["no plain URL"]),
-        ("https://[x/a.txt", ["is no URL"]),
-        ("http://example.com/x.txt", ["use https://"]),
-        ("http://localhost.evil.com/x.txt", ["use https://"]),
-        ("http://127.0.0.1@evil.com/x.txt", ["use https://"]),
-        ("-K/tmp/x.txt", ["begins like an option"]),
-        ("--config=/tmp/x.txt", ["begins like an option"]),
-    ],
-)
-def test_only_a_few_schemes_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: Any, url: str, words: list[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError) as error:
-        read_all(url)
-    says(error, *words)
-    assert not list(tmp_path.iterdir())
-
-
-def test_secrets_of_a_url_are_not_public() -> None:
-    assert places.public("https://me:pass@host:8/a/b.txt?sig=SECRET#x") == "https://host:8/a/b.txt"
-    assert places.public("pipe:curl SECRET") == "pipe:…"
-    assert places.public("./local?name.txt") == "./local?name.txt"
-
-
-@pytest.mark.parametrize(("scheme", "package", "extra"), [("s3", "s3fs", "s3"), ("gs", "gcsfs", "gcs")])
-def test_a_missing_package_is_named_with_its_extra(
-    monkeypatch: pytest.MonkeyPatch, says: Any, scheme: str, package: str, extra: str
-) -> None:
-    import fsspec
-
-    def missing(name: str, **options: object) -> None:
-        raise ImportError(f"Install {package}")
-
-    monkeypatch.setattr(fsspec, "filesystem", missing)
-    with pytest.raises(ConfigError) as error:
-        read_all(f"{scheme}://bucket/a.txt?X-Sig=SECRET")
-    says(error, f"{scheme}://bucket/a.txt needs a package", f"pip install 'leviathan-pretrain[{extra}]'")
-    assert "SECRET" not in str(error.value)
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    """A web server for tmp_path that, as many do, cannot send parts of files."""
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args: object) -> None:
-            pass
-
-        def do_GET(self) -> None:
-            if "short" not in self.path:
-                return super().do_GET()
-            self.send_response(200)
-            self.send_header("Content-Length", "1000")
-            self.end_headers()
-            self.wfile.write(b'{"text": "x"}\n')
-            return None
-
-    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path)))
-    thread = threading.Thread(target=httpd.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{httpd.server_port}"
-    httpd.shutdown()
-    httpd.server_close()
-    thread.join()
-
-
-def test_files_are_read_from_a_web_server(tmp_path: Path, server: str) -> None:
-    raw = lines(*({"text": f"document {i}"} for i in range(100)))
-    (tmp_path / "a.jsonl").write_bytes(raw)
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(raw))
-    make_tar(tmp_path / "a.tar", [("1.txt", b"document 0")])
-    assert len(read_all(f"{server}/a.jsonl?sig=SECRET", 100)) == 100
-    assert [document.name for document in read_all(f"{server}/a.jsonl?sig=SECRET")][:2] == ["a.jsonl@0", "a.jsonl@23"]
-    assert len(read_all(f"{server}/a.jsonl.gz")) == 100
-    assert texts(f"{server}/a.tar") == ["document 0"]
-    pq.write_table(pa.table({"text": ["document 0"]}), tmp_path / "a.parquet")
-    assert texts(f"{server}/a.parquet") == ["document 0"]
-
-
-@pytest.mark.parametrize("name", ["missing.jsonl", "short.jsonl", "missing.parquet", "noranges.parquet"])
-def test_a_failing_server_is_named_without_secrets(tmp_path: Path, server: str, says: Any, name: str) -> None:
-    if name == "noranges.parquet":
-        # more than a server that cannot send parts is asked for at once
-        pq.write_table(pa.table({"text": [os.urandom(1000).hex()] * 4000}), tmp_path / name, use_dictionary=False)
-    with pytest.raises(DataError) as error:
-        read_all(f"{server.replace('//', '//me:SECRET@')}/{name}?sig=SECRET")
-    says(error, f"{server}/{name} cannot be read")
-    assert "SECRET" not in str(error.value)
-
-
-def test_a_bucket_is_listed_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = fsspec.implementations.memory.MemoryFileSystem()
-    for name in ("b.txt", "a.txt", "c/d.txt", "e.csv"):
-        memory.pipe(f"/bucket/data/{name}", name.encode())
-
-    class Bucket:
-        """What s3fs and gcsfs show: keys without a slash in front."""
-
-        def find(self, url: str, detail: bool) -> dict[str, Any]:
-            return {key.lstrip("/"): info for key, info in memory.find(url[4:], detail=detail).items()}
-
-        def glob(self, url: str, detail: bool) -> dict[str, Any]:
-            return {key.lstrip("/"): info for key, info in memory.glob(url[4:], detail=detail).items()}
-
-        def info(self, url: str) -> dict[str, Any]:
-            return memory.info(url[4:])
-
-        def open(self, url: str, mode: str, **options: Any) -> Any:
-            return memory.open(url[4:], mode)
-
-    monkeypatch.setattr(places, "filesystem", lambda url: Bucket())
-    plan = corpora.plan("s", SourceConfig(path="s3://bucket/data/"), MIB)
-    assert [d.name for part in plan.slices for d in corpora.read(part)] == ["a.txt", "b.txt", "c/d.txt"]
-    assert plan.skipped_files == 1
-    assert [d.name for d in read_all("s3://bucket/data/*.txt")] == ["a.txt", "b.txt"]
-    assert texts("s3://bucket/data/c/d.txt") == ["c/d.txt"]
 
 
 def test_a_slice_is_a_plain_value() -> None:
