@@ -11,6 +11,7 @@ import pytest
 
 from configs.errors import LeviathanError
 from data_pipeline.config import DataConfig, SourceConfig
+from tests.data_pipeline.building import jsonl
 from tests.data_pipeline.store import Store, many_shards
 
 Text = Callable[[int, int], str]
@@ -48,6 +49,25 @@ def hashes() -> Callable[[Path], dict[str, str]]:
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     return make
+
+
+@pytest.fixture
+def tale(tmp_path: Path, prose: Callable[[int, int], str]) -> Path:
+    """A source of two files: 400 documents, of which every tenth is told twice, and 20 long ones."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    texts = [prose(n, 20 + n % 30) for n in range(400)]
+    texts[9::10] = texts[4:204:5]
+    jsonl(folder / "a.jsonl", texts)
+    (folder / "b.txt").write_text("<|>".join(prose(10_000 + n, 900) for n in range(20)))
+    return folder
+
+
+@pytest.fixture
+def data(tale: Path, config: Callable[..., DataConfig]) -> DataConfig:
+    """Some twenty slices of two sources."""
+    source = SourceConfig(path=str(tale), separator="<|>")
+    return config({"tale": source, "again": source}, shard_mib=0.04, heldout=0.05)
 
 
 @pytest.fixture

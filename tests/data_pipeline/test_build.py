@@ -1,15 +1,12 @@
+"""Text into shards: the same bytes whoever builds them, and however often they are stopped."""
+
 from __future__ import annotations
 
-import errno
-import json
 import os
-import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,66 +16,18 @@ import psutil
 import pytest
 import webdataset
 
-from configs.errors import ConfigError, DataError, LeviathanError, UsageError
+from configs.errors import LeviathanError
 from data_pipeline import build as builder
 from data_pipeline import corpora, tasks
 from data_pipeline.build import Progress, build
 from data_pipeline.config import DataConfig, SourceConfig
-from data_pipeline.duplicates import repeated
-from data_pipeline.inspect_shards import check, load_manifest, show
-from data_pipeline.manifest import Manifest, Split
-from data_pipeline.output import output_of
-from data_pipeline.shards import Shard
+from data_pipeline.inspect_shards import check
 from data_pipeline.tokenizer import load_folder
-
-Config = Callable[..., DataConfig]
-Hashes = Callable[[Path], dict[str, str]]
+from tests.data_pipeline.building import Config, Hashes, children, decoded, jsonl
 
 
-def decoded(folder: Path, source: str, split: Split) -> dict[str, str]:
-    """Every document of a source by its name, as its tokens say; eod becomes ¶."""
-    manifest, tokenizer = load_manifest(folder), load_folder(folder)
-    found: dict[str, str] = {}
-    for row in manifest.rows_of(source, split):
-        info = manifest.shard(int(row))
-        shard = Shard(folder / info.name, info)
-        ids = np.empty(shard.tokens, dtype=np.int64)
-        shard.copy(0, shard.tokens, ids)
-        start = 0
-        for name, (end, _) in zip(shard.names(), shard.ends().tolist(), strict=True):
-            document = ids[start:end]
-            found[name] = tokenizer.decode(document) + "¶" * int((document == tokenizer.eod).sum())
-            assert (document[:-1] != tokenizer.eod).all()
-            start = end
-    return found
-
-
-def jsonl(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
-
-
-@pytest.fixture
-def corpus(tmp_path: Path, prose: Callable[[int, int], str]) -> Path:
-    """A source of two files: 400 documents, of which every tenth is told twice, and 20 long ones."""
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    texts = [prose(n, 20 + n % 30) for n in range(400)]
-    texts[9::10] = texts[4:204:5]
-    jsonl(folder / "a.jsonl", texts)
-    (folder / "b.txt").write_text("<|>".join(prose(10_000 + n, 900) for n in range(20)))
-    return folder
-
-
-@pytest.fixture
-def data(corpus: Path, config: Config) -> DataConfig:
-    """Some twenty slices of two sources."""
-    source = SourceConfig(path=str(corpus), separator="<|>")
-    return config({"tale": source, "again": source}, shard_mib=0.04, heldout=0.05)
-
-
-def test_every_document_is_in_one_split_with_its_end(tmp_path: Path, corpus: Path, config: Config) -> None:
-    source = SourceConfig(path=str(corpus), separator="<|>")
+def test_every_document_is_in_one_split_with_its_end(tmp_path: Path, tale: Path, config: Config) -> None:
+    source = SourceConfig(path=str(tale), separator="<|>")
     manifest = build(config({"tale": source}, shard_mib=0.04, heldout=0.1), tmp_path / "out", workers=1)
     texts = {
         document.name: document.text
@@ -96,7 +45,7 @@ def test_every_document_is_in_one_split_with_its_end(tmp_path: Path, corpus: Pat
     assert (counts["documents"], counts["duplicates"]) == (len(found), len(texts) - len(found))
     assert counts["text_bytes"] == sum(len(text.encode()) - 2 for text in found.values())
     assert counts["train_tokens"] == manifest.total("tokens", "tale", "train")
-    assert counts["split"] == "hash" and counts["path"] == str(corpus)
+    assert counts["split"] == "hash" and counts["path"] == str(tale)
     assert check(tmp_path / "out") == []
 
 
@@ -230,16 +179,12 @@ def test_a_killed_worker_is_named_and_the_next_build_goes_on(
     with pytest.raises(LeviathanError) as error:
         build(data, tmp_path / "out", workers=2, progress=kill)
     says(error, "a worker process died at slice", "of source", "build again, finished slices are kept")
-    assert killed and not _children()
+    assert killed and not children()
     assert not (tmp_path / "out" / "manifest.json").exists()
     again: list[Progress] = []
     build(data, tmp_path / "out", workers=1, progress=again.append)
     assert again[-1].kept_bytes > 0
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
-
-
-def _children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
 
 
 @pytest.mark.timeout(100)
@@ -249,19 +194,19 @@ def test_an_interrupt_leaves_no_process_and_no_draft(tmp_path: Path, data: DataC
 
     with pytest.raises(KeyboardInterrupt):
         build(data, tmp_path / "out", workers=2, progress=interrupt)
-    assert not _children()
+    assert not children()
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
 @pytest.mark.timeout(100)
-def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path, corpus: Path) -> None:
+def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path, tale: Path) -> None:
     script = f"""
 import os, sys
 from pathlib import Path
 from data_pipeline.build import build
 from data_pipeline.config import DataConfig, SourceConfig
 if __name__ == "__main__":
-    data = DataConfig(sources={{"s": SourceConfig(path={str(corpus)!r})}}, shard_mib=0.04)
+    data = DataConfig(sources={{"s": SourceConfig(path={str(tale)!r})}}, shard_mib=0.04)
     build(data, Path({str(tmp_path / "out")!r}), workers=2, progress=lambda p: os.kill(os.getpid(), 9))
 """
     (tmp_path / "run.py").write_text(script)
@@ -280,286 +225,6 @@ def _runs_for(process: psutil.Process, test: str) -> bool:
         return process.environ().get("BUILD_OF_TEST") == test
     except (psutil.Error, OSError):
         return False
-
-
-# ---- held out, duplicates, policies
-
-
-def test_few_documents_give_their_tails(tmp_path: Path, config: Config, prose: Callable[[int, int], str]) -> None:
-    texts = [prose(n, 200) for n in range(5)]
-    jsonl(tmp_path / "a.jsonl", [*texts, "é"])
-    manifest = build(config({"s": tmp_path / "a.jsonl"}, heldout=0.1), tmp_path / "out", workers=1)
-    assert manifest.sources["s"]["split"] == "tail" and manifest.sources["s"]["documents"] == 6
-    heads, tails = decoded(tmp_path / "out", "s", "train"), decoded(tmp_path / "out", "s", "heldout")
-    assert len(heads) == 6 and len(tails) == 5
-    for name, tail in tails.items():
-        head = heads[name.replace("#tail", "#head")]
-        assert tail.endswith("¶") and "¶" not in head
-        assert (head + tail)[:-1] in texts
-        assert abs(len(tail) - 1 - 0.1 * len(head + tail)) <= 1
-    # one character cannot be cut in two
-    assert [text for name, text in heads.items() if "#" not in name] == ["é¶"]
-    assert check(tmp_path / "out") == []
-
-
-def test_of_every_source_something_is_held_out(tmp_path: Path, config: Config) -> None:
-    jsonl(tmp_path / "a.jsonl", [f"document number {n} of many" for n in range(150)])
-    for duplicates in ("drop", "keep"):
-        for heldout, least, most in ((0.0, 0, 0), (1e-6, 1, 1), (0.1, 5, 30)):
-            out = tmp_path / f"{duplicates}-{heldout}"
-            data = config({"s": tmp_path / "a.jsonl"}, heldout=heldout, duplicates=duplicates)
-            assert build(data, out, workers=1).sources["s"]["split"] == "hash"
-            assert least <= len(decoded(out, "s", "heldout")) <= most
-
-
-@pytest.mark.parametrize("few", [True, False])
-def test_kept_duplicates_share_their_split(tmp_path: Path, config: Config, few: bool) -> None:
-    texts = [f"a text number {n}" for n in range(4 if few else 120)] * 3
-    jsonl(tmp_path / "a.jsonl", texts)
-    data = config({"s": tmp_path / "a.jsonl"}, duplicates="keep", heldout=0.2, shard_mib=0.002)
-    manifest = build(data, tmp_path / "out", workers=1)
-    train, heldout = decoded(tmp_path / "out", "s", "train"), decoded(tmp_path / "out", "s", "heldout")
-    assert manifest.sources["s"]["duplicates"] == 0
-    assert manifest.sources["s"]["documents"] == len(texts)
-    assert not set(train.values()) & set(heldout.values())
-    assert set(train.values()) | set(heldout.values()) >= ({text + "¶" for text in texts} if not few else set())
-
-
-def test_the_first_of_equal_documents_stays(tmp_path: Path, config: Config) -> None:
-    jsonl(tmp_path / "a.jsonl", [f"{n % 130}" * 8 for n in range(400)])
-    jsonl(tmp_path / "b.jsonl", ["0" * 8, "new " * 2])
-    # the folder of the shards lies in the folder of the text
-    data = config({"s": tmp_path, "t": tmp_path / "b.jsonl"}, heldout=0.0, shard_mib=0.003)
-    manifest = build(data, tmp_path / "out", workers=1)
-    assert len(corpora.plan("s", data.sources["s"], 1494).slices) > 3
-    names = list(decoded(tmp_path / "out", "s", "train"))
-    wanted = [d.name for part in corpora.plan("s", data.sources["s"], 1 << 20).slices for d in corpora.read(part)]
-    assert names == wanted[:130] + wanted[401:]
-    assert manifest.sources["s"]["duplicates"] == 271
-    # a source is looked at by itself
-    assert manifest.sources["t"]["duplicates"] == 0 and manifest.sources["t"]["documents"] == 2
-
-
-def test_repeated_agrees_with_a_set() -> None:
-    draw = np.random.default_rng(0)
-    arrays = [draw.integers(0, 6, (n, 2)).astype("<u8") for n in (5, 0, 17, 1, 30)]
-    seen: set[tuple[int, ...]] = set()
-    for array, found in zip(arrays, repeated(arrays), strict=True):
-        wanted = []
-        for number, row in enumerate(map(tuple, array.tolist())):
-            if row in seen:
-                wanted.append(number)
-            seen.add(row)
-        assert found.tolist() == wanted
-
-
-@pytest.mark.parametrize(("policy", "documents"), [("replace", 3), ("skip", 2)])
-def test_what_is_no_unicode_follows_the_policy(tmp_path: Path, config: Config, policy: str, documents: int) -> None:
-    for name, content in (("a", b"good"), ("b", b"bad \xff"), ("c", b"good too"), ("d", b" \n"), ("e", b"")):
-        (tmp_path / f"{name}.txt").write_bytes(content)
-    (tmp_path / "f.csv").write_bytes(b"no")
-    manifest = build(config({"s": tmp_path}, unicode_errors=policy, heldout=0.0), tmp_path / "out", workers=1)
-    counts = manifest.sources["s"]
-    assert (counts["documents"], counts["empty"], counts["unicode_errors"]) == (documents, 2, 1)
-    assert counts["skipped_files"] == 1
-    assert ("bad \ufffd¶" in decoded(tmp_path / "out", "s", "train").values()) == (policy == "replace")
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_an_error_in_a_slice_arrives_as_its_sentence(tmp_path: Path, config: Config, says: Any, workers: int) -> None:
-    (tmp_path / "a.txt").write_bytes(b"bad \xff")
-    with pytest.raises(DataError) as error:
-        build(config({"s": tmp_path}, unicode_errors="fail"), tmp_path / "out", workers=workers)
-    says(error, "document 'a.txt' of source 's' is not UTF-8", "save it as UTF-8, or set data.unicode_errors")
-    assert not _children()
-
-
-@pytest.mark.parametrize("duplicates", ["drop", "keep"])
-@pytest.mark.parametrize("limit", [0.001, 0.004, 0.02, 50.0])
-def test_a_limit_takes_the_start_of_a_source(
-    tmp_path: Path, corpus: Path, config: Config, hashes: Hashes, duplicates: str, limit: float
-) -> None:
-    source = SourceConfig(path=str(corpus / "a.jsonl"), limit_mib=limit)
-    data = config({"s": source}, duplicates=duplicates, heldout=0.0, shard_mib=0.004)
-    build(data, tmp_path / "out", workers=1)
-    with ThreadPoolExecutor(4) as pool:
-        build(data, tmp_path / "four", workers=4, executor=pool)
-    assert hashes(tmp_path / "out") == hashes(tmp_path / "four")
-    (whole,) = corpora.plan("s", SourceConfig(path=source.path), 1 << 20).slices
-    texts, seen, left = [], set(), int(limit * (1 << 20))
-    for document in corpora.read(whole):
-        text = document.text.encode()[:left].decode(errors="ignore")
-        left -= len(document.text.encode())
-        if text.strip() and (text not in seen or duplicates == "keep"):
-            texts.append(text + "¶")
-        seen.add(text)
-        if left <= 0:
-            break
-    assert list(decoded(tmp_path / "out", "s", "train").values()) == texts
-
-
-# ---- what cannot be
-
-
-@pytest.mark.parametrize("duplicates", ["drop", "keep"])
-def test_a_source_without_text_is_said(tmp_path: Path, config: Config, says: Any, duplicates: str) -> None:
-    (tmp_path / "a.txt").write_text(" \n ")
-    with pytest.raises(DataError) as error:
-        build(config({"s": tmp_path}, duplicates=duplicates), tmp_path / "out", workers=1)
-    says(error, "source 's' is empty", "gave 0 documents", "1 documents hold only whitespace", "check its path")
-
-
-def test_no_sources_and_wrong_tokenizers_are_said_before_any_work(tmp_path: Path, config: Config) -> None:
-    with pytest.raises(ConfigError, match=r"data\.sources is empty; name a source"):
-        build(config({}), tmp_path / "out", workers=1)
-    with pytest.raises(ConfigError, match="did you mean 'bytes'"):
-        build(config({"s": "stdlib"}, tokenizer="byte"), tmp_path / "out", workers=1)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"heldout": 0.5}, ["heldout: 0.05 there, 0.5 now"]),
-        ({"tokenizer": "sp:300"}, ['tokenizer.spec: "bytes" there, "sp:300" now']),
-        ({"shard_mib": 8.0}, ["shard_mib: 0.04 there, 8.0 now"]),
-        ({"duplicates": "keep"}, ['duplicates: "drop" there, "keep" now']),
-    ],
-)
-@pytest.mark.parametrize("finished", [True, False])
-def test_a_folder_of_another_build_is_left_alone(
-    tmp_path: Path,
-    data: DataConfig,
-    hashes: Hashes,
-    says: Any,
-    change: dict[str, Any],
-    words: list[str],
-    finished: bool,
-) -> None:
-    out = tmp_path / "out"
-    build(data, out, workers=1)
-    if not finished:
-        (out / "manifest.json").unlink()
-    before = hashes(out)
-    with pytest.raises(ConfigError) as error:
-        build(data.model_copy(update=change), out, workers=1)
-    says(error, "holds shards of another build", *words, "choose another data.dir, or build with rebuild")
-    assert hashes(out) == before
-
-
-def test_changed_files_are_another_build(tmp_path: Path, corpus: Path, data: DataConfig, says: Any) -> None:
-    build(data, tmp_path / "out", workers=1)
-    (corpus / "c.txt").write_text("one more")
-    with pytest.raises(ConfigError) as error:
-        build(data, tmp_path / "out", workers=1)
-    says(error, "sources.tale.files: 2 there, 3 now", "sources.again.bytes:")
-    (corpus / "c.txt").rename(corpus / "d.txt")
-    build(data, tmp_path / "out", workers=1, rebuild=True)
-    (corpus / "d.txt").rename(corpus / "c.txt")
-    with pytest.raises(ConfigError, match=r"sources\.tale\.files: others than now"):
-        build(data, tmp_path / "out", workers=1)
-
-
-def test_weights_and_places_may_change(tmp_path: Path, data: DataConfig) -> None:
-    build(data, tmp_path / "out", workers=1)
-    sources = {name: source.model_copy(update={"weight": 7.0}) for name, source in data.sources.items()}
-    changed = data.model_copy(update={"sources": sources, "window": 3, "cache_gib": 1.0})
-    build(changed, tmp_path / "out", workers=1, progress=lambda progress: pytest.fail("work was done"))
-
-
-def test_rebuild_replaces_what_builds_wrote_and_nothing_else(tmp_path: Path, data: DataConfig, hashes: Hashes) -> None:
-    out = tmp_path / "out"
-    build(data.model_copy(update={"tokenizer": "sp:300", "shard_mib": 0.01}), out, workers=1)
-    (out / "notes.md").write_text("mine")
-    (out / "other-train.tar").write_text("mine")
-    build(data, out, workers=1, rebuild=True)
-    build(data, tmp_path / "fresh", workers=1)
-    mine = {"notes.md", "other-train.tar"}
-    assert {name: digest for name, digest in hashes(out).items() if name not in mine} == hashes(tmp_path / "fresh")
-    assert mine <= set(hashes(out))
-
-
-def test_shards_from_elsewhere_are_not_overwritten(tmp_path: Path, data: DataConfig, hashes: Hashes) -> None:
-    build(data, tmp_path / "a", workers=1)
-    shutil.rmtree(tmp_path / "a" / ".build")
-    before = hashes(tmp_path / "a")
-    with pytest.raises(ConfigError, match="holds shards, and no plan says what they were made from"):
-        build(data, tmp_path / "a", workers=1)
-    assert hashes(tmp_path / "a") == before
-
-
-def test_two_builds_do_not_share_a_folder(tmp_path: Path, data: DataConfig) -> None:
-    with output_of(tmp_path / "out").alone(), pytest.raises(ConfigError, match="another build is at work in"):
-        build(data, tmp_path / "out", workers=1)
-    build(data, tmp_path / "out", workers=1)
-
-
-def test_text_that_changes_between_scan_and_encoding_is_found(tmp_path: Path, config: Config, says: Any) -> None:
-    jsonl(tmp_path / "a.jsonl", ["one", "two"])
-
-    def change(progress: Progress) -> None:
-        jsonl(tmp_path / "a.jsonl", ["one", "owt"])
-
-    with pytest.raises(DataError) as error:
-        build(config({"s": tmp_path / "a.jsonl"}), tmp_path / "out", workers=1, progress=change)
-    says(error, "slice 0 of source 's' changed since it was scanned", "rebuild")
-    assert not list((tmp_path / "out").rglob("*.tmp"))
-
-
-def test_a_full_disk_is_said_and_leaves_no_draft(
-    tmp_path: Path, data: DataConfig, monkeypatch: pytest.MonkeyPatch, says: Any
-) -> None:
-    written = 0
-    room = 1 << 30
-
-    def write(handle: int) -> None:
-        nonlocal written
-        written += 1
-        if written > room:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", write)
-    build(data, tmp_path / "whole", workers=1)
-    total = written
-    for rest, what in ((total, "the plan"), (total - 9, "slice"), (total // 2, "slice"), (1, "the plan")):
-        written, room = 0, total - rest
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        with pytest.raises(LeviathanError) as error:
-            build(data, tmp_path / "out", workers=1)
-        says(error, "is full", f"while writing {what}", "make room and build again", "finished slices are kept")
-        assert not list((tmp_path / "out").rglob("*.tmp"))
-    room = 1 << 30
-    monkeypatch.setattr(builder, "free_bytes", lambda folder: 1000)
-    with pytest.raises(LeviathanError) as error:
-        build(data, tmp_path / "new", workers=1)
-    says(error, "the shards need at least", "1.0 kB are free", "make room")
-
-
-def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path, data: DataConfig) -> None:
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match=r"cannot be written \(Not a directory\); choose another data\.dir"):
-        build(data, tmp_path / "file" / "out", workers=1)
-
-
-def test_secrets_of_urls_are_not_written_down(tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = jsonl(tmp_path / "a.jsonl", [f"text {n}" for n in range(5)])
-
-    class Web:
-        def info(self, url: str) -> dict[str, Any]:
-            assert url.endswith("?sig=SECRET")
-            return {"size": file.stat().st_size}
-
-        def open(self, url: str, mode: str, **options: Any) -> Any:
-            return file.open(mode)
-
-    monkeypatch.setattr("data_pipeline.places.filesystem", lambda url: Web())
-    out = tmp_path / "out"
-    manifest = build(config({"s": "https://me:SECRET@host/a.jsonl?sig=SECRET"}), out, workers=1)
-    assert manifest.sources["s"]["path"] == "https://host/a.jsonl"
-    assert not [path for path in out.rglob("*") if path.is_file() and b"SECRET" in path.read_bytes()]
-
-
-# ---- progress, samples, looking at shards
 
 
 def test_progress_tells_how_far_each_phase_is(tmp_path: Path, data: DataConfig) -> None:
@@ -598,82 +263,3 @@ def test_a_sample_is_spread_over_sources_and_holds_nothing_held_out(
         numbers = [int(text[1:5]) for text in taken if text[0] == source]
         assert len(numbers) > 20
         assert min(numbers) < 200 and max(numbers) > 1800
-
-
-@pytest.fixture
-def built(tmp_path: Path, data: DataConfig) -> tuple[Path, Manifest]:
-    return tmp_path / "out", build(data, tmp_path / "out", workers=1)
-
-
-def test_check_finds_nothing_wrong_and_says_how_far_it_is(built: tuple[Path, Manifest]) -> None:
-    told: list[tuple[int, int]] = []
-    assert check(built[0], lambda done, total: told.append((done, total))) == []
-    assert told[-1][0] == told[-1][1] == built[1].column("bytes").sum()
-    assert len(told) == built[1].table.num_rows
-
-
-def test_check_finds_every_fault_at_once(built: tuple[Path, Manifest]) -> None:
-    folder, manifest = built
-    names = manifest.table["name"].to_pylist()
-    (folder / names[0]).unlink()
-    (folder / names[1]).write_bytes(b"")
-    content = bytearray((folder / names[2]).read_bytes())
-    content[len(content) // 2] ^= 8
-    (folder / names[2]).write_bytes(content)
-    shutil.copy(folder / names[4], folder / names[3])
-    (folder / "tokenizer.json").unlink()
-    problems = check(folder)
-    assert len(problems) == 5
-    assert "no tokenizer in" in problems[0]
-    for name, problem in zip(names, problems[1:]):
-        assert name in problem and "\n" not in problem
-    assert check(folder / "nowhere")[0].startswith("no shards in")
-
-
-def test_random_damage_to_a_folder_never_goes_unnoticed(built: tuple[Path, Manifest]) -> None:
-    folder, draw = built[0], random.Random(0)
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    for _ in range(70):
-        path = draw.choice(files)
-        whole = path.read_bytes()
-        kind = draw.choice(["flip", "flip", "cut", "delete", "swap"])
-        if kind == "flip":
-            damaged = bytearray(whole)
-            damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
-            path.write_bytes(damaged)
-        elif kind == "cut":
-            path.write_bytes(whole[: draw.randrange(len(whole))])
-        elif kind == "swap":
-            path.write_bytes(next(other for other in files if other.read_bytes() != whole).read_bytes())
-        else:
-            path.unlink()
-        if path.name != "tokenizer.json" or kind != "flip":
-            assert check(folder), (path.name, kind)
-        path.write_bytes(whole)
-    assert check(folder) == []
-
-
-def test_a_shard_without_documents_is_refused(built: tuple[Path, Manifest]) -> None:
-    from data_pipeline import manifest as manifests
-    from data_pipeline.shards import ShardWriter
-
-    folder, manifest = built
-    empty = ShardWriter(folder / "tale-train-99999-00.tar", "tale", "train", 257).close()
-    shards = [manifest.shard(row) for row in range(manifest.table.num_rows)]
-    header, table = manifests.encode(manifests.make(manifest.tokenizer, [*shards, empty], manifest.sources))
-    (folder / "manifest.json").write_bytes(header)
-    (folder / "shards.parquet").write_bytes(table)
-    assert check(folder) == ["shard tale-train-99999-00.tar has 0 documents; build it again"]
-
-
-def test_samples_are_shown_from_all_over_a_source(built: tuple[Path, Manifest], corpus: Path) -> None:
-    folder = built[0]
-    found = list(show(folder, "tale", "train", 6))
-    wanted = decoded(folder, "tale", "train")
-    assert len(found) == 6
-    assert found[0].name == "a.jsonl@0" and found[-1].name.startswith("b.txt@")
-    assert all(wanted[name].startswith(text) and tokens > 1 for name, text, tokens in found)
-    assert len(list(show(folder, "tale", "heldout", 10_000))) == len(decoded(folder, "tale", "heldout"))
-    assert list(show(folder, "tale", "train", 0)) == []
-    with pytest.raises(UsageError, match=r"no source 'tail' in .*; did you mean 'tale'"):
-        list(show(folder, "tail", "train", 1))
