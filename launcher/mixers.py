@@ -254,6 +254,7 @@ def new_mixer(name: str) -> None:
         path.write_text(template.read_text().replace("NAME", name))
     make_terminal().print(
         f"wrote {' and '.join(map(str, files))}\n"
-        f"Next: leviathan mixers check {name}.py | leviathan train data/embedded {name}.yaml",
+        f"Next: leviathan mixers check {name}.py | leviathan data build data/embedded |"
+        f" leviathan train data/embedded {name}.yaml",
         soft_wrap=True,
     )  # fmt: skip

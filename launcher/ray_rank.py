@@ -38,7 +38,7 @@ from launcher.team import common_environment, forget_exits, threads_of
 from launcher.watch import collateral, describe, hang, longest_silent
 from pretrain.config import RunConfig
 from pretrain.health import read_heartbeat
-from pretrain.run_folder import RunFolder
+from pretrain.run_folder import RunFolder, counted
 
 ENDED_WELL = (DONE, PREEMPTED, INTERRUPTED)
 PREFLIGHT_S = 240.0
@@ -146,7 +146,7 @@ class _Worker:
         self._beacons = Beacons(address, world)
         spare = f", {self._workers - world} spare" if self._workers > world else ""
         folder.event(
-            "launch", f"attempt {folder.attempt}: starting {world} ranks{spare} on {', '.join(hosts)}"
+            "launch", f"attempt {folder.attempt}: starting {counted(world, 'rank')}{spare} on {', '.join(hosts)}"
             f" (Ray job {self._job.number})", world=world, job=self._job.number,
         )  # fmt: skip
         first = self._launch.preflight and folder.attempt == self._job.first

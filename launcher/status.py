@@ -19,7 +19,7 @@ from launcher.runs import Owner, State, owners, read_state, state_of, tail
 from launcher.screen import PLAIN_EVERY_S, harmless, make_facts, make_table, make_terminal, one_line, told
 from pretrain.plots import short_number
 from pretrain.report import duration
-from pretrain.run_folder import Record, RunFolder, step_name
+from pretrain.run_folder import Record, RunFolder, counted, step_name
 
 STYLES = {
     "running": "bold green",
@@ -190,7 +190,9 @@ def _details(state: State) -> Table:
         table.add_row("held-out", f"loss {record['loss']:.4f}{bits} at step {record['step']:,}")
     table.add_row("checkpoints", _checkpoints(folder))
     if "parameters" in facts:
-        table.add_row("model", f"{short_number(facts['parameters'])} parameters on {facts.get('ranks', 1)} ranks")
+        table.add_row(
+            "model", f"{short_number(facts['parameters'])} parameters on {counted(facts.get('ranks', 1), 'rank')}"
+        )
     commit = (facts.get("code") or {}).get("commit")
     if commit:
         table.add_row("code", commit[:12] + (" with changes (code.patch)" if facts["code"].get("dirty") else ""))

@@ -26,7 +26,7 @@ from launcher.watch import describe, first_cause, hang, longest_silent
 from pretrain.health import Beat
 from pretrain.lease import Lease
 from pretrain.run import die_with_parent
-from pretrain.run_folder import RunFolder
+from pretrain.run_folder import RunFolder, counted
 
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals that ask a run to save and leave."""
@@ -76,7 +76,8 @@ class Supervisor:
         while True:
             began = self._newest_step()
             self._folder.attempt = number
-            self._folder.event("launch", f"attempt {number}: starting {self._team.world} ranks on {self._team.place}")
+            ranks = counted(self._team.world, "rank")
+            self._folder.event("launch", f"attempt {number}: starting {ranks} on {self._team.place}")
             self._team.start(number, fence)
             end = self._watch()
             self._team.end()

@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.files import write_whole
 from pretrain import plots
@@ -19,7 +20,7 @@ from pretrain.ensemble.relevance import judged
 from pretrain.metrics import redact
 from pretrain.page import escaped, number, page, picture, section, table
 from pretrain.plots import Incident, Line, short_number
-from pretrain.run_folder import Record, RunFolder, read_lines
+from pretrain.run_folder import Record, RunFolder, counted, read_lines
 
 FINAL_STEPS = 20
 HISTORY_ROWS = 80
@@ -131,11 +132,17 @@ def _summary(run: Run) -> dict[str, tuple[str, float | None]]:
     return facts
 
 
+_HEADED: dict[str, Callable[[Any], str]] = {
+    "world": lambda world: counted(world, "rank"),
+    "host": lambda host: f"on {host}",
+}
+
+
 def _heading(runs: list[Run]) -> str:
     history, name = runs[0].history, " · ".join(run.name for run in runs)
     told = [time.strftime("%Y-%m-%d %H:%M", time.localtime(history[0]["time"]))] if history else ["has not begun"]
-    for key, words in (("world", "{} ranks"), ("host", "on {}")) if len(runs) == 1 else ():
-        told += [words.format(event[key]) for event in history if event["event"] == "start" and key in event][:1]
+    for key, say in _HEADED.items() if len(runs) == 1 else ():
+        told += [say(event[key]) for event in history if event["event"] == "start" and key in event][:1]
     return f"<h1>{escaped(name)}</h1><p class=sub>{escaped(', '.join(told))}</p>"
 
 

@@ -118,6 +118,11 @@ class RunFolder:
         return dict(sorted(rows.items()))
 
 
+def counted(number: int, word: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
 def step_name(step: int) -> str:
     """The name of a checkpoint's folder."""
     return f"step_{step:09d}"

@@ -38,7 +38,7 @@ from pretrain.models.build import build
 from pretrain.ops.expert_parallel import shard_experts
 from pretrain.optim import lr_scale
 from pretrain.parallel import Ranks, finish
-from pretrain.run_folder import Record, RunFolder
+from pretrain.run_folder import Record, RunFolder, counted
 from pretrain.trainer import Plan, train
 
 
@@ -316,7 +316,7 @@ class Session:
     def _tell_start(self, place: Place, steps: int) -> None:
         self.log.event(
             "start",
-            f"training step {place.step} to {steps} on {self.ranks.world} ranks ({self.config.engine.name},"
+            f"training step {place.step} to {steps} on {counted(self.ranks.world, 'rank')} ({self.config.engine.name},"
             f" ZeRO-{self.config.engine.zero}, {self.config.engine.precision}, {self.device.type})",
             step=place.step,
             steps=steps,

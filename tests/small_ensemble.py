@@ -44,7 +44,7 @@ launch: {{hang_s: 10, ranks: {1 if engine == "torch" else 2}}}
 
 def trained(prepared: Prepared) -> RunFolder:
     """What a supervisor would do with a run that is ready, within this process."""
-    prepared.folder.event("launch", "attempt 0: starting 1 ranks here")
+    prepared.folder.event("launch", "attempt 0: starting 1 rank here")
     session = Session(prepared.folder, prepared.config, Heartbeat(None))
     assert session.train(NobodyAsks()) == DONE
     session.close()

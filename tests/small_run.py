@@ -22,7 +22,7 @@ class NobodyAsks:
 def train_small(config: Path, *words: str) -> RunFolder:
     """Train a configuration file's run to its end, with one rank."""
     prepared = prepare([config], ["engine.name=torch", *words], ranks=1, branch=(), allow=[])
-    prepared.folder.event("launch", "attempt 0: starting 1 ranks here")
+    prepared.folder.event("launch", "attempt 0: starting 1 rank here")
     session = Session(prepared.folder, prepared.config, Heartbeat(None))
     assert session.train(NobodyAsks()) == DONE
     session.close()

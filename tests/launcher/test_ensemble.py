@@ -179,7 +179,7 @@ def test_what_to_do_with_a_module_that_was_stopped_names_the_right_command(confi
     here.ends = {"duo-lists": PREEMPTED}
     run_all(config)
     run = run_of(config, "duo-lists")
-    run.event("launch", "attempt 0: starting 1 ranks here")
+    run.event("launch", "attempt 0: starting 1 rank here")
     run.event("stop", "preempted: left after step 3; start it again to go on", code=PREEMPTED, step=3)
     assert "the same `leviathan ensemble` command goes on" in why(state_of(str(run.path)))
 

@@ -280,7 +280,7 @@ def test_a_submitted_run_is_ready_and_a_second_command_follows_it(tiny, api, tmp
     api.jobs[number] = ("RUNNING", "")
 
     def end():
-        run.event("launch", "attempt 0: starting 1 ranks")
+        run.event("launch", "attempt 0: starting 1 rank")
         run.event("done", "trained to step 20", step=20)
         api.jobs[number] = ("SUCCEEDED", "")
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs.errors import UsageError
-from pretrain.run_folder import RunFolder, append_line, read_lines, step_name
+from pretrain.run_folder import RunFolder, append_line, counted, read_lines, step_name
 
 
 @pytest.fixture
@@ -164,3 +164,7 @@ def test_making_a_folder_again_changes_nothing_in_it(folder):
     folder.event("start", "it begins")
     folder.make()
     assert [event["event"] for event in folder.history()] == ["start"]
+
+
+def test_one_is_counted_as_one_and_anything_else_as_many():
+    assert [counted(number, "rank") for number in (0, 1, 2, 16384)] == ["0 ranks", "1 rank", "2 ranks", "16,384 ranks"]
