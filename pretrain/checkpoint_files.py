@@ -137,7 +137,10 @@ class CheckpointFiles:
 
     def _uncovered(self, name: str, kind: str) -> str:
         wanted = prod(self.shapes.get(name, (0,)))
-        return f"the fragments of {name} ({kind}) cover {self._covered(name, kind)} of {wanted} values"
+        return (
+            f"the fragments of {name} ({kind}) cover {self._covered(name, kind)} of {wanted} values; restore the"
+            " checkpoint from a copy"
+        )
 
 
 class _Piece(NamedTuple):
