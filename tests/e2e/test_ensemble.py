@@ -77,8 +77,8 @@ def test_killed_in_every_phase_the_same_command_ends_with_the_same_bits(shards, 
     kill_when(tmp_path, config, lambda: len(losses(lists)) >= 4, HELD)
     kill_when(tmp_path, config, lambda: bool(events(duo, "fault")), "restore.middle:1:0")
     assert not duo.committed_steps()
-    kill_when(tmp_path, config, lambda: len(losses(duo)) >= 4, HELD)
-    assert duo.committed_steps()
+    # a step is done before the save that began ahead of it is durable
+    kill_when(tmp_path, config, lambda: len(losses(duo)) >= 4 and bool(duo.committed_steps()), HELD)
     done = leviathan("ensemble", config, timeout=200)
     assert done.code == DONE, done.err + done.out
     assert "phase 1 of 2: done before" in done.out
