@@ -7,8 +7,19 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 from benchmarks.common import Table, interval
+
+_CONFIG = """
+run: {{dir: {folder}/runs}}
+data: {{dir: {folder}/shards, sources: {{stdlib: {{path: stdlib, limit_mib: 1}}}}}}
+model: {{width: 16, depth: 2, length: 32, mixers: [{{name: correlation, options: {{heads: 2}}}}]}}
+train: {{steps: 1, batch_rows: 8}}
+engine: {{device: cpu, threads: 1}}
+log: {{peak_tflops: 0.05}}
+"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -18,19 +29,32 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Table:
     """Measure and return the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "one.yaml"
+        config.write_text(_CONFIG.format(folder=folder))
+        _cpu_seconds([sys.executable, "-m", "launcher", "data", "build", str(config)])
+        return _table(config, options.rounds)
+
+
+def _table(config: Path, rounds: int) -> Table:
     table = Table("start-up, CPU seconds of the whole process")
-    arms = {
+    train = [sys.executable, "-m", "launcher", "train", str(config), "--ranks", "1"]
+    arms: dict[str, tuple[list[str], float | None]] = {
         "leviathan --help": ([sys.executable, "-m", "launcher", "--help"], 0.5),
         "import configs, data_pipeline, pretrain, launcher": (
             [sys.executable, "-c", "import configs, data_pipeline, pretrain, launcher"], None,
         ),
         "import torch": ([sys.executable, "-c", "import torch"], None),
         "import pretrain.session (a rank, before DeepSpeed)": ([sys.executable, "-c", "import pretrain.session"], None),
+        "leviathan train, one rank, one step: DeepSpeed, ZeRO-1": ([*train, "engine.zero=1"], None),
+        "leviathan train, one rank, one step: DeepSpeed, ZeRO-3": ([*train, "engine.zero=3"], None),
+        "leviathan train, one rank, one step: plain torch": ([*train, "engine.name=torch"], None),
     }  # fmt: skip
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for number in range(options.rounds + 1):
-        for name, (words, _) in arms.items():
-            spent = _cpu_seconds(words)
+    for number in range(rounds + 1):
+        for place, (name, (words, _)) in enumerate(arms.items()):
+            new = [f"run.name=run-{place}-{number}"] if words[: len(train)] == train else []
+            spent = _cpu_seconds(words + new)
             if number:  # the first round fills the page cache and writes bytecode
                 seconds[name].append(spent)
     for name, (_, goal) in arms.items():
@@ -42,7 +66,8 @@ def run(options: argparse.Namespace) -> Table:
 
 def _cpu_seconds(words: list[str]) -> float:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, env=os.environ, timeout=120)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, env=env, timeout=120)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

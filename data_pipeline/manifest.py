@@ -94,12 +94,19 @@ class Manifest:
 
     def rows_of(self, source: str, split: Split) -> np.ndarray:
         """The table rows (int64) of one source's shards in one split, in building order."""
-        mask = pc.and_(pc.equal(self.table["source"], source), pc.equal(self.table["split"], split))
-        return np.flatnonzero(mask.to_numpy(zero_copy_only=False)).astype(np.int64)
+        return np.flatnonzero(self._is("source", source) & self._is("split", split)).astype(np.int64)
 
     def column(self, name: str) -> np.ndarray:
         """One numeric column as an array."""
-        return self.table.column(name).to_numpy()
+        # dlpack, as to_numpy() and comparing with a Python value import pandas: half a second of every rank's start
+        return np.from_dlpack(self.table.column(name).combine_chunks())
+
+    def _is(self, name: str, value: str) -> np.ndarray:
+        """Which rows have this value in a column of few different ones."""
+        codes = self.table.column(name).dictionary_encode().combine_chunks()
+        return np.isin(
+            np.from_dlpack(codes.indices), [n for n, v in enumerate(codes.dictionary.to_pylist()) if v == value]
+        )
 
     def total(self, column: str, source: str, split: Split) -> int:
         """The sum of a numeric column over one source's shards in one split."""

@@ -7,6 +7,7 @@ order of construction. Models are built on the meta device, given memory, then f
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from pretrain.ops.mapped import at_once, is_mapped, of_all_members
 from pretrain.parallel import derive_seed
 
 Fill = Callable[[Tensor, torch.Generator], Tensor]
+SomeModel = TypeVar("SomeModel", bound=nn.Module)
 
 
 def normal(std: float) -> Fill:
@@ -98,6 +100,14 @@ def _linear(fan_in: int, fan_out: int, bias: bool, weight: Fill) -> nn.Linear:
     layer = Linear(fan_in, fan_out, bias=bias)
     declare(layer, {"weight": weight} | ({"bias": constant(0.0)} if bias else {}))
     return layer
+
+
+def materialise(model: SomeModel, device: torch.device | str) -> SomeModel:
+    """Give a model that is on the meta device memory on `device`, in place, and return it. What is there is not set.
+
+    As `to_empty`, which imports sympy for a look at each tensor's strides: half a second of every rank's start.
+    """
+    return model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
 
 
 @torch.no_grad()

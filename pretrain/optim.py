@@ -5,6 +5,7 @@ Everything is torch's own: AdamW (arXiv 1711.05101), fused; Muon for matrices (t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from math import cos, pi, sqrt
 from typing import Any
@@ -81,7 +82,18 @@ def make_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.o
     """The optimizer over `groups`."""
     if config.name == "muon":
         return MuonAdamW(groups)
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+    return AdamW(groups, lr=config.lr, fused=True)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW without what torch's compiler would have to know of it: we compile models, never optimizers.
+
+    Its methods import that compiler as they are called: a third of what a rank takes to start.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -108,7 +120,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def _fused_adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, fused=True)
+    return AdamW(groups, fused=True)
 
 
 def prime(optimizer: torch.optim.Optimizer, parameters: list[Tensor], kind: str) -> None:

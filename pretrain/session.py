@@ -28,7 +28,7 @@ from pretrain.faults import fault_point
 from pretrain.grown import Grown, new_part
 from pretrain.health import Heartbeat, StopRequests
 from pretrain.host_memory import keep_freed_memory
-from pretrain.init import initialise
+from pretrain.init import initialise, materialise
 from pretrain.lease import Lease
 from pretrain.log import Log, Silence
 from pretrain.member_names import MemberEngine
@@ -361,7 +361,7 @@ def make_engine(
     """The engine over a model that is still on the meta device: memory, first values, optimizer, process group."""
     if config.engine.expert_parallel > 1:
         shard_experts(model, config.engine.expert_parallel, ranks)
-    model.to_empty(device=device)
+    materialise(model, device)
     initialise(model, config.run.seed)
     if config.engine.activation_checkpointing:
         model.recompute()

@@ -14,6 +14,7 @@ from pretrain.checkpoint_files import newest_readable, open_files
 from pretrain.config import RunConfig
 from pretrain.engine import PARAM
 from pretrain.evaluate import HeldOut, evaluate
+from pretrain.init import materialise
 from pretrain.member_names import by_model_names
 from pretrain.model import Model
 from pretrain.models.build import build
@@ -36,7 +37,7 @@ def load_trained(folder: RunFolder, step: int | None = None, device: str = "cpu"
     config = load(RunConfig, [folder.config])
     found = newest_readable(folder, step)
     dataset = open_dataset(config.data)
-    model = build(config.model, dataset.tokenizer.vocab).to_empty(device=device)
+    model = materialise(build(config.model, dataset.tokenizer.vocab), device)
     model.know_sources(list(config.data.sources))
     reader = by_model_names(open_files(found), model)
     with torch.no_grad():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from configs.errors import LeviathanError
 from pretrain import mixer
 from pretrain.config import ModelConfig, PartConfig
-from pretrain.init import initialise
+from pretrain.init import initialise, materialise
 from pretrain.layout import Layout
 from pretrain.mixer import Positions, Site, TokenMixer
 from pretrain.model import Model
@@ -64,7 +64,7 @@ class Candidate:
 
     def model(self, positions: Positions = "rope") -> Model:
         """A model of two blocks of this mixer in float64 with random parameters, none of them zero."""
-        return shaken(self.shapes(positions).to_empty(device="cpu"))
+        return shaken(materialise(self.shapes(positions), "cpu"))
 
     def says(self, flag: str) -> bool:
         """Whether the mixer, with its options, has set this flag."""
