@@ -12,7 +12,9 @@ from launcher.prepare import prepare
 from tests.conftest import ROOT, losses
 from tests.small_run import small_config, train_small
 
-NOT_NEEDED = ("ray", "wandb", "sentencepiece", "matplotlib", "pytest", "scipy", "torch._dynamo.convert_frame")
+NOT_NEEDED = (
+    "ray", "wandb", "sentencepiece", "matplotlib", "pytest", "scipy", "pandas", "sympy", "torch._dynamo.convert_frame"
+)  # fmt: skip
 
 
 def test_a_rank_trains_on_an_image_that_holds_no_more_than_training_needs(tmp_path, shards, corpus):
