@@ -11,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import statistics
@@ -43,6 +44,10 @@ how far clocks may be apart."""
 TOGETHER_S, WAIT_S = 120.0, 60
 """How long a node waits for others; how long those that are left have once the first has ended."""
 ENDED = "ended while nodes spoke with each other"
+LEFT_ALONE = re.compile(
+    r"connection (closed|reset) by peer|broken pipe|got 0 bytes|server has shut down", re.IGNORECASE
+)
+"""What a node says to which another did not speak any more: that one had a reason of its own."""
 LOG = "preflight"
 _LARGE = 4 << 20
 _MEASURED = {"cores", "flops", "memory_free", "disk_free", "shm_free", "fsync_s"}
@@ -130,12 +135,7 @@ def judge(reports: Sequence[Report], silent: bool = False, waited: bool = False)
         if report["shm_free"] < SHM_GIB * (1 << 30):
             message = f"has only {human_bytes(report['shm_free'])} free in /dev/shm; NCCL and Ray want more"
             findings.append(Finding(node, message, False))
-    # who waited in vain for another is not to blame
-    ended = [report for report in reports if report.get("error") == ENDED]
-    failed = [report for report in reports if report.get("error") not in (None, ENDED)]
-    first, second = (failed, ended) if waited else (ended, failed)
-    lost = [] if silent else first or second
-    findings += [Finding(report["node"], report["error"], True) for report in lost]
+    findings += [] if silent else _lost(reports, waited)
     findings += _slower(reports, "flops", "matrix products", "FLOP/s", slow_is_less=True)
     findings += _slower(reports, "fsync_s", "a durable write", "s", slow_is_less=False)
     for report in reports:
@@ -143,6 +143,15 @@ def judge(reports: Sequence[Report], silent: bool = False, waited: bool = False)
             message = f"its clock is {report['clock_s']:+.1f} s off the others'; dates in logs will mislead"
             findings.append(Finding(report["node"], message, False))
     return findings
+
+
+def _lost(reports: Sequence[Report], waited: bool) -> list[Finding]:
+    """Nodes that are to blame for others having waited in vain, or having been left."""
+    ended = [report for report in reports if report.get("error") == ENDED]
+    failed = [report for report in reports if report.get("error") not in (None, ENDED)]
+    began = [report for report in failed if not LEFT_ALONE.search(report["error"])] or failed
+    lost = (began or ended) if waited else (ended or began)
+    return [Finding(report["node"], report["error"], True) for report in lost]
 
 
 def unheard(host: str, by: str) -> Finding:

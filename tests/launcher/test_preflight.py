@@ -81,6 +81,26 @@ def test_who_waited_in_vain_for_another_is_not_to_blame():
     assert [finding.host for finding in both] == ["n1", "n2"]
 
 
+@pytest.mark.parametrize(
+    "left",
+    [
+        "Gloo connectFullMesh failed with [tcp/pair.cc:553] Connection closed by peer [10.77.2.3]:26859. This is",
+        "[tcp/pair.cc:547] Read error [10.77.2.3]:26859: Connection reset by peer",
+        "[c10d] recvValue failed on SocketImpl(fd=3): failed to recv, got 0 bytes. Connection was likely closed. Did the"
+        " remote server shutdown or crash?",
+    ],
+)
+@pytest.mark.parametrize("waited", [False, True])
+def test_who_was_left_by_another_is_not_to_blame(left, waited):
+    said = "cannot speak with the other nodes: "
+    failed = FIT | {"error": f"{said}connect: no route to host", "node": "n3"}
+    others = [FIT | {"error": said + left, "node": "n1"}, FIT | {"node": "n2"}]
+    (finding,) = judge([*others, failed], waited=waited)
+    assert finding.host == "n3"
+    (finding,) = judge(others, waited=waited)
+    assert finding.host == "n1", "where nobody says why, who was left is the only trace"
+
+
 def test_who_was_ended_while_it_waited_is_not_to_blame_either():
     failed = {"error": "cannot speak with the other nodes: no route", "node": "n2"}
     (finding,) = judge([FIT | failed, FIT | {"error": ENDED, "node": "n1"}], waited=True)
