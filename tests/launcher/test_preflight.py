@@ -86,8 +86,7 @@ def test_who_waited_in_vain_for_another_is_not_to_blame():
     [
         "Gloo connectFullMesh failed with [tcp/pair.cc:553] Connection closed by peer [10.77.2.3]:26859. This is",
         "[tcp/pair.cc:547] Read error [10.77.2.3]:26859: Connection reset by peer",
-        "[c10d] recvValue failed on SocketImpl(fd=3): failed to recv, got 0 bytes. Connection was likely closed. Did the"
-        " remote server shutdown or crash?",
+        "[c10d] recvValue failed on SocketImpl(fd=3): failed to recv, got 0 bytes. Connection was likely closed.",
     ],
 )
 @pytest.mark.parametrize("waited", [False, True])
