@@ -8,7 +8,7 @@ import os
 import re
 import sys
 
-from pretrain.host_memory import keep_freed_memory
+from data_pipeline.host_memory import keep_freed_memory
 
 LOSSES = ("shakespeare", "mixers", "moe", "wrap", "pairs", "ensemble_quality", "published")
 NAMES = ("step", "data", "checkpoint", "start", "ensemble", "scale", *LOSSES)

@@ -31,7 +31,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     parser.add_argument("--mib", type=float, default=None, help="text to build shards from (default 24)")
     parser.add_argument("--rounds", type=int, default=None, help="rounds of alternated arms (default 9)")
-    parser.add_argument("--build", action="store_true", help="text to shards instead, of 200 MiB unless --mib says so")
+    parser.add_argument("--build", action="store_true", help="text to shards instead, of 400 MiB unless --mib says so")
 
 
 def run(options: argparse.Namespace) -> Table:
@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> Table:
     if options.build:
         from benchmarks.data_build import run_build
 
-        return run_build(options.mib or 200.0, options.rounds or 9)
+        return run_build(options.mib or 400.0, options.rounds or 9)
     mib, rounds = options.mib or 24.0, options.rounds or 9
     table = Table("reading shards, one process, CPU time, (8, 1025) int64 batches")
     with tempfile.TemporaryDirectory() as name:

@@ -32,8 +32,9 @@ from data_pipeline.on_ray import ray_executor
 from data_pipeline.pool import executor_of
 
 WORKERS = 2
-SHARD_MIB = 8
-"""Small, so that no worker has to wait long for the last slice: about 4 MiB of text a shard, 50 slices of 200 MiB."""
+SHARD_MIB = 16
+"""Small, so that no worker has to wait long for the last slice: about 8 MiB of text a shard, 50 slices of 400 MiB. A
+build's own shards are 256 MiB unless it is told otherwise."""
 _FILE_BYTES = 32 << 20
 _MEET_S = 180.0
 _HASHES = 2_000_000
@@ -85,7 +86,7 @@ def _alternate(
         workers, in_flight, executor = ARMS[arm]
         began = time.perf_counter()
         executors[arm] = stack.enter_context(executor())
-        _meet(executors[arm], folder / f"meet {arm} beside {arms[0]}", workers)
+        meet(executors[arm], folder / f"meet {arm} beside {arms[0]}", workers)
         _timed(folder / "little", folder / f"little {arm} beside {arms[0]}", in_flight, executors[arm])
         started[arm] = time.perf_counter() - began
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
@@ -145,7 +146,7 @@ def _characters(part: Slice) -> int:
     return sum(len(document.text) for document in read(part))
 
 
-def _meet(executor: Executor, folder: Path, workers: int) -> None:
+def meet(executor: Executor, folder: Path, workers: int) -> None:
     """Return when so many workers have been at work at the same time."""
     folder.mkdir()
     for future in [executor.submit(_wait_for_others, str(folder), workers) for _ in range(workers)]:

@@ -1,10 +1,11 @@
 """Tasks of a build on a Ray cluster. The only file of the data pipeline that imports ray.
 
 One Ray task for each slice of a build, which is about one shard: smaller ones would cost more to schedule than to do.
-Tasks are spread over the nodes, and no more are in flight than the build asks for, so that nothing piles up. A worker
-or a node that dies costs the tasks it had: Ray starts them elsewhere, and since a task writes whole files under names
-of its own, doing it twice changes nothing. Ray Data is not used: what it would deal to workers the plan has dealt
-before any of them starts, in an order that does not depend on the cluster (docs/DATA.md has the figures).
+No more are in flight than the build asks for, so that nothing piles up. There are more of them than cores, so all
+nodes work; Ray's strategy to spread tasks would only add that each has to wait for a worker of its own. A worker or a
+node that dies costs the tasks it had: Ray starts them elsewhere, and since a task writes whole files under names of its
+own, doing it twice changes nothing. Ray Data is not used: what it would deal to workers the plan has dealt before any
+of them starts, in an order that does not depend on the cluster (docs/DATA.md has the figures).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
+from data_pipeline.host_memory import keep_freed_memory
 
 OLDEST = (2, 52)
 """Ray without authentication of those who submit work is not used (CVE-2023-48022, CVE-2025-62593)."""
@@ -32,7 +34,7 @@ class RayTasks(Executor):
     def __init__(self, ray: Any) -> None:
         self._ray, self._refs = ray, set[Any]()
         # made once: every remote function that is made is sent to the cluster anew
-        self._there = ray.remote(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="SPREAD")(_there)
+        self._there = ray.remote(num_cpus=1, max_retries=_RETRIES)(_there)
         self.nodes = sum(node["Alive"] for node in ray.nodes())
         self.cores = int(ray.cluster_resources().get("CPU", 1))
 
@@ -127,6 +129,7 @@ def _there(folder: str, fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """fn(*args, **kwargs) on a node, where relative paths mean what they mean to whoever builds."""
     with contextlib.suppress(OSError):  # what reads and writes in stores needs no folder that all nodes see
         os.chdir(folder)
+    keep_freed_memory()
     return fn(*args, **kwargs)
 
 

@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from configs.errors import LeviathanError
+from data_pipeline.host_memory import keep_freed_memory
 from data_pipeline.tasks import Outcome, Task, run
 
 T = TypeVar("T", bound=Task)
@@ -86,8 +87,9 @@ def _died(tasks: Sequence[Task]) -> str:
 
 
 def _begin_worker(parent: Connection) -> None:
-    """Leave Ctrl-C to the parent, and end at once when the parent ends or lets go."""
+    """Leave Ctrl-C to the parent, keep memory for the next task, and end at once when the parent ends or lets go."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_freed_memory()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

@@ -13,6 +13,7 @@ import torch
 
 from configs.errors import ConfigError, DataError
 from data_pipeline.dataset import open_dataset
+from data_pipeline.host_memory import keep_freed_memory
 from data_pipeline.loader import Loader, check_divides
 from data_pipeline.order import Order
 from data_pipeline.places import public
@@ -27,7 +28,6 @@ from pretrain.evaluate import HeldOut, evaluate
 from pretrain.faults import fault_point
 from pretrain.grown import Grown, new_part
 from pretrain.health import Heartbeat, StopRequests
-from pretrain.host_memory import keep_freed_memory
 from pretrain.init import initialise, materialise
 from pretrain.lease import Lease
 from pretrain.log import Log, Silence

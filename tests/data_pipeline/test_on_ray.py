@@ -118,6 +118,26 @@ def test_a_build_on_ray_into_a_store_gives_the_same_bytes(cluster, store, corpus
     assert "these shards were built before" in again.out
 
 
+ALL_AT_ONCE = """
+import sys
+from operator import add
+from pathlib import Path
+from benchmarks.data_build import meet
+from data_pipeline.on_ray import ray_executor
+with ray_executor(sys.argv[1]) as there:
+    meet(there, Path(sys.argv[2]), there.cores)
+    print(there.submit(add, 1, 2).result())
+"""
+
+
+def test_all_nodes_work_at_the_same_time(cluster, tmp_path):
+    command = [sys.executable, "-c", ALL_AT_ONCE, cluster[0], str(tmp_path / "meet")]
+    done = subprocess.run(command, env=os.environ | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True,
+                          timeout=200)  # fmt: skip
+    assert done.stdout.strip() == "3", done.stderr
+    assert len(list((tmp_path / "meet").iterdir())) == 3, "three cores, one on each node"
+
+
 def test_a_node_that_dies_costs_time_alone(cluster, tmp_path):
     configs = []
     for name in ("here", "there"):

@@ -13,7 +13,7 @@ STEPS = """
 import resource, sys
 import torch
 from torch import nn
-from pretrain.host_memory import keep_freed_memory
+from data_pipeline.host_memory import keep_freed_memory
 print(keep_freed_memory() if sys.argv[1] == "keep" else None)
 layers = [(nn.Linear(64, wide), nn.GELU(), nn.Linear(wide, 64)) for wide in (64, 256, 192, 320)]
 network = nn.Sequential(*(part for layer in layers for part in layer))
