@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 # by files, so that what the tests of a file share is made once; in the order of tests/conftest.py
-BESIDE := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# and one process more than cores, for they also wait: for Slurm, for servers, for what must time out
+BESIDE := --numprocesses $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-long test-all check lint type fmt bench docs clean
 

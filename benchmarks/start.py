@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.common import Table, interval
@@ -36,30 +37,47 @@ def run(options: argparse.Namespace) -> Table:
         return _table(config, options.rounds)
 
 
+@dataclass(frozen=True)
+class _Arm:
+    """A command. new_run: it trains, each time under a name of its own."""
+
+    words: list[str]
+    goal: float | None = None
+    new_run: bool = False
+
+
+def _arms(config: Path) -> dict[str, _Arm]:
+    def python(code: str) -> _Arm:
+        return _Arm([sys.executable, "-c", code])
+
+    def train(*words: str) -> _Arm:
+        return _Arm([sys.executable, "-m", "launcher", "train", str(config), "--ranks", "1", *words], new_run=True)
+
+    return {
+        "leviathan --help": _Arm([sys.executable, "-m", "launcher", "--help"], goal=0.5),
+        "import configs, data_pipeline, pretrain, launcher": python(
+            "import configs, data_pipeline, pretrain, launcher"
+        ),
+        "import torch": python("import torch"),
+        "import pretrain.session (a rank, before DeepSpeed)": python("import pretrain.session"),
+        "leviathan train, one rank, one step: DeepSpeed, ZeRO-1": train("engine.zero=1"),
+        "leviathan train, one rank, one step: DeepSpeed, ZeRO-3": train("engine.zero=3"),
+        "leviathan train, one rank, one step: plain torch": train("engine.name=torch"),
+    }
+
+
 def _table(config: Path, rounds: int) -> Table:
     table = Table("start-up, CPU seconds of the whole process")
-    train = [sys.executable, "-m", "launcher", "train", str(config), "--ranks", "1"]
-    arms: dict[str, tuple[list[str], float | None]] = {
-        "leviathan --help": ([sys.executable, "-m", "launcher", "--help"], 0.5),
-        "import configs, data_pipeline, pretrain, launcher": (
-            [sys.executable, "-c", "import configs, data_pipeline, pretrain, launcher"], None,
-        ),
-        "import torch": ([sys.executable, "-c", "import torch"], None),
-        "import pretrain.session (a rank, before DeepSpeed)": ([sys.executable, "-c", "import pretrain.session"], None),
-        "leviathan train, one rank, one step: DeepSpeed, ZeRO-1": ([*train, "engine.zero=1"], None),
-        "leviathan train, one rank, one step: DeepSpeed, ZeRO-3": ([*train, "engine.zero=3"], None),
-        "leviathan train, one rank, one step: plain torch": ([*train, "engine.name=torch"], None),
-    }  # fmt: skip
+    arms = _arms(config)
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for number in range(rounds + 1):
-        for place, (name, (words, _)) in enumerate(arms.items()):
-            new = [f"run.name=run-{place}-{number}"] if words[: len(train)] == train else []
-            spent = _cpu_seconds(words + new)
+        for place, (name, arm) in enumerate(arms.items()):
+            spent = _cpu_seconds(arm.words + ([f"run.name=run-{place}-{number}"] if arm.new_run else []))
             if number:  # the first round fills the page cache and writes bytecode
                 seconds[name].append(spent)
-    for name, (_, goal) in arms.items():
+    for name, arm in arms.items():
         spread = interval(seconds[name])
-        table.add(name, spread.median, "CPU s", goal=goal, spread=spread)
+        table.add(name, spread.median, "CPU s", goal=arm.goal, spread=spread)
     table.add("torch imported by leviathan --help", float(_imports_torch()), "", goal=0.0)
     return table
 

@@ -26,9 +26,9 @@ from tests.ranks import end_all
 
 ROOT = Path(__file__).parents[1]
 LONG_FILES = (
-    "test_slurm.py", "test_ray.py", "test_slurm_apart.py", "test_kills.py", "test_ensemble.py", "test_moe.py",
-    "test_odd_node.py", "test_local_run.py", "test_reshard.py", "test_wandb.py", "test_engine.py", "test_disk.py",
-    "test_models_ranks.py", "test_expert_parallel.py",
+    "test_slurm_apart.py", "test_ray.py", "test_slurm.py", "test_kills.py", "test_ensemble.py", "test_output.py",
+    "test_odd_node.py", "test_local_run.py", "test_reshard.py", "test_engine.py", "test_on_ray.py", "test_moe.py",
+    "test_ray_on_slurm.py", "test_models_ranks.py", "test_expert_parallel.py", "test_wandb.py", "test_disk.py",
 )  # fmt: skip
 """Files that take minutes, the longest first. They are dealt to processes whole: what is long must not be left over."""
 SENTENCE = "the sea holds what the land lets go and every river knows the way down to a harbour no chart has named"

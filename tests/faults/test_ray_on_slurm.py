@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 
@@ -14,7 +15,6 @@ from tests.small_job import assert_ended, assert_same, output_of, processes_of, 
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.alone,
     pytest.mark.timeout(400),
     pytest.mark.skipif(missing() is not None and os.environ.get("SLURM_TESTS") != "required", reason=missing() or ""),
 ]
@@ -23,27 +23,22 @@ LONGER_S = 60
 """What a Ray cluster within the job may cost."""
 
 
-OTHERS: set[int] = set()
-"""Processes of Ray that were here before: somebody else's."""
-
-
 @pytest.fixture(scope="module")
 def cluster():
-    OTHERS.update(process["pid"] for process in ray_processes())
     with MiniSlurm(2, apart=True) as slurm:
         yield slurm
 
 
-def ray_processes():
+def ray_processes(cluster):
     found = []
-    for process in psutil.process_iter(["pid", "name", "cmdline"]):
-        called = " ".join([process.info["name"] or "", *(process.info["cmdline"] or [])[:1]])
-        ours = process.info["pid"] not in OTHERS
-        if ours and any(word in called for word in ("raylet", "gcs_server", "ray::")):
-            found.append(process.info)
+    for process in [*cluster.network.processes(1), *cluster.network.processes(2)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            called = " ".join([process.name(), *process.cmdline()[:1]])
+            found += [called] if any(word in called for word in ("raylet", "gcs_server", "ray::")) else []
     return found
 
 
+@pytest.mark.alone
 def test_ray_within_a_job_costs_less_than_a_minute_and_leaves_nothing(cluster, tiny, undisturbed):
     seconds = []
     for words in ((), ("launch.slurm.ray=true", "run.name=with-ray")):
@@ -57,7 +52,7 @@ def test_ray_within_a_job_costs_less_than_a_minute_and_leaves_nothing(cluster, t
         assert_same(run, undisturbed)
     assert events(run, "launch")[0].startswith("attempt 0: starting 2 ranks on n1, n2 (Ray job ")
     assert seconds[1] - seconds[0] <= LONGER_S
-    wait_until(lambda: not ray_processes() and not processes_of(run), seconds=15)
+    wait_until(lambda: not ray_processes(cluster) and not processes_of(run), seconds=15)
     assert not (run.path / "ray.token").exists()
     print(f"plain {seconds[0]:.0f} s, with Ray {seconds[1]:.0f} s")
 
@@ -67,17 +62,18 @@ def test_the_exit_code_of_a_run_is_that_of_the_job(cluster, tiny):
     assert_ended(cluster, run, job, "FAILED")
     assert cluster.exit_code(job) == "65:0", output_of(run, job)
     assert cluster.restarts(job) == 0
-    assert not ray_processes()
+    assert not ray_processes(cluster)
 
 
 def test_before_its_time_is_over_a_job_with_ray_saves_and_is_queued_again(cluster, tiny, undisturbed):
     slow = {"LEVIATHAN_FAULT": "step.before_forward:0:12:sleep=6"}
     run, job = submit(cluster, tiny, "launch.slurm.ray=true", "launch.preflight=false", env=slow)
     wait_until(lambda: len(run.steps()) >= 12, seconds=150)
+    assert len(ray_processes(cluster)) > 2, "what must be gone afterwards is there now"
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     wait_until(lambda: len(events(run, "requeue")) == 1, seconds=60)
     assert_ended(cluster, run, job)
     assert cluster.restarts(job) == 1
     assert_same(run, undisturbed)
     assert not events(run, "fault")
-    assert not ray_processes()
+    assert not ray_processes(cluster)
