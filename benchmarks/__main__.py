@@ -11,7 +11,7 @@ import sys
 from data_pipeline.host_memory import keep_freed_memory
 
 LOSSES = ("shakespeare", "mixers", "moe", "wrap", "pairs", "ensemble_quality", "published")
-NAMES = ("step", "data", "checkpoint", "start", "ensemble", "scale", *LOSSES)
+NAMES = ("step", "layers", "data", "checkpoint", "start", "ensemble", "scale", *LOSSES)
 
 
 def main() -> int:

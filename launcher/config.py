@@ -11,7 +11,7 @@ from configs.schema import Config, key, section
 
 _WORD = re.compile(r"[A-Za-z0-9._:@=,+/%-]+")
 """What a value in a batch script may consist of: nothing there that a shell, or sbatch, would read as its own."""
-_TIME = re.compile(r"(\d+-)?\d{1,3}(:\d{2}){0,2}")
+_TIME = re.compile(r"(\d+-)?\d+(:\d{2}){0,2}")
 OWN_OPTIONS = (
     "job-name", "nodes", "ntasks", "ntasks-per-node", "signal", "requeue", "no-requeue", "open-mode", "output", "error",
     "export", "chdir", "parsable", "wrap", "array", "wait", "partition", "account", "qos", "reservation", "constraint",
@@ -100,8 +100,10 @@ class LaunchConfig(Config):
     nodes: int = key(1, "free", "machines of a Slurm job that share the ranks", gt=0)
     max_restarts: int | None = key(None, "free", "restarts of a run; empty: as long as it makes progress", ge=0)
     hang_s: float = key(10.0, "free", "longest step, unless five usual steps take longer; then it hangs", gt=0)
-    start_s: float = key(600.0, "free", "longest time until the first step, and of a save or an evaluation", gt=0)
-    grace_s: float = key(25.0, "free", "time to save in after SIGTERM before what is left is killed", gt=0)
+    start_s: float = key(
+        600.0, "free", "longest time until the first step, and of a save, an evaluation or a wait for data", gt=0
+    )
+    grace_s: float = key(25.0, "free", "time to save in when asked to leave, before what is left is killed", gt=0)
     preflight: bool = key(True, "free", "on a cluster, let every node measure itself before a job starts")
     slurm: SlurmConfig = section(SlurmConfig)
     ray: RayConfig = section(RayConfig)

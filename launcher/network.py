@@ -7,7 +7,9 @@ the other nodes cannot reach. A route always exists, or the job could not run.
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
+from collections.abc import Sequence
 
 import psutil
 
@@ -35,6 +37,19 @@ def own_address_towards(address: str, port: int = 9) -> str:
                 f"{socket.gethostname()} has no route to {address} ({error.strerror}); check the network of this node"
             ) from None
         return str(probe.getsockname()[0])
+
+
+def address_of_first(addresses: Sequence[str]) -> str:
+    """Of nodes the first one's address, where the others reach it: on that node its own name may lead to loopback."""
+    first, *others = addresses
+    if not others or not _is_loopback(own_address_towards(first)):
+        return first
+    own = own_address_towards(others[0])
+    return first if _is_loopback(own) else own  # all of them may be on this machine
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.split("%")[0]).is_loopback
 
 
 def interface_towards(address: str) -> str:

@@ -24,7 +24,7 @@ from configs.load import load
 from launcher import preflight, slurm
 from launcher.beacons import Beacons
 from launcher.config import LaunchConfig
-from launcher.network import free_port, own_address_towards
+from launcher.network import address_of_first, free_port, own_address_towards
 from launcher.restart import NO_PROGRESS_LIMIT
 from launcher.snapshot import ROOT, check_code
 from launcher.srun import NodesTakenError, Step
@@ -33,7 +33,9 @@ from launcher.team import Team, common_environment, forget_exits
 from pretrain.health import Beat
 from pretrain.run_folder import Record, RunFolder
 
-_QUEUE_S = 60.0
+_QUEUE_S, _ASK_S, _ASK_AGAIN_S = 60.0, 300.0, 5.0
+_LEAVE_S = 30.0
+"""Of the time before a limit: to end ranks in, and to be queued again."""
 PREFLIGHT_S = 240.0
 _CALLS = 32
 _SILENT_S = 4.0
@@ -51,7 +53,7 @@ class SlurmTeam(Team):
             raise ConfigError(
                 f"job {job} has {len(self._hosts)} nodes and the run wants {launch.nodes}; submit it again"
             )
-        self._address = self._nodes[0].address
+        self._address = address_of_first([node.address for node in self._nodes])
         self._beacons = Beacons(own_address_towards(self._address), self.world)
         self._step: Step | None = None
 
@@ -127,6 +129,9 @@ class SlurmTeam(Team):
         words = self._words("pretrain.run", each, "rank")
         self._step = Step(self._job, words, environment, lambda line: self.folder.event("warning", line))
 
+    def patience(self, number: int) -> float:
+        return patience(self.launch, number)
+
     def _meeting(self, each: int) -> dict[str, str]:
         """Where processes find each other, `each` of them on a node."""
         return {
@@ -184,14 +189,21 @@ class SlurmTeam(Team):
         self._beacons.close()
 
 
-def may_requeue(history: Sequence[Record], most: int) -> str | None:
-    """Why a run may not be queued again after its last request; None where it may. most: how often at all."""
-    steps = [event["step"] for event in history if event["event"] == "requeue"]
+def patience(launch: LaunchConfig, number: int) -> float:
+    """Seconds for a run to save in after a signal. USR1 comes so long before the time limit; what ends a job comes with
+    Slurm's own KillWait."""
+    before_limit_s = launch.slurm.before_limit_s - _LEAVE_S if number == signal.SIGUSR1 else 0.0
+    return max(launch.grace_s, before_limit_s)
+
+
+def may_requeue(history: Sequence[Record], job: str, step: int, most: int) -> str | None:
+    """Why a job may not be queued again; None where it may. step: what is saved by now. most: how often at all."""
+    steps = [event["step"] for event in history if event["event"] == "requeue" and event.get("job") == job]
     if len(steps) >= most:
-        return f"it was queued again {len(steps)} times, and launch.slurm.requeues is {most}"
-    if len(steps) >= NO_PROGRESS_LIMIT and len(set(steps[-NO_PROGRESS_LIMIT:])) == 1:
+        return f"job {job} was queued again {len(steps)} times, and launch.slurm.requeues is {most}"
+    if len(steps) >= NO_PROGRESS_LIMIT and set(steps[-NO_PROGRESS_LIMIT:]) == {step}:
         return (
-            f"it was queued again {NO_PROGRESS_LIMIT} times in a row at step {steps[-1]} and saved nothing in between;"
+            f"job {job} was queued again {NO_PROGRESS_LIMIT} times in a row at step {step} and saved nothing since;"
             " set a longer launch.slurm.time, save more often, or exclude a node where nothing starts"
         )
     return None
@@ -240,7 +252,8 @@ def as_job(arguments: list[str], drive: Callable[[RunFolder, LaunchConfig, str],
 
 def queue_again(folder: RunFolder, launch: LaunchConfig, job: str) -> int:
     """Put this job, whose run has saved, into the queue again, unless that was enough; return its exit code."""
-    step, reason = max(folder.committed_steps(), default=0), may_requeue(folder.history(), launch.slurm.requeues)
+    step = max(folder.committed_steps(), default=0)
+    reason = may_requeue(folder.history(), job, step, launch.slurm.requeues)
     if reason is not None:
         folder.event("stop", f"stopped: {reason}", code=CANNOT_GO_ON, step=step)
         return CANNOT_GO_ON
@@ -248,9 +261,30 @@ def queue_again(folder: RunFolder, launch: LaunchConfig, job: str) -> int:
         "requeue", f"job {job} is queued again by {socket.gethostname()}; it goes on from step {step}", step=step,
         job=job,
     )  # fmt: skip
-    slurm.requeue(job)
+    refused = _ask_queue(job)
+    if refused is not None:
+        cause = (
+            f"{refused}, and has not while there was time; the run goes on from step {step} when it is submitted again"
+        )
+        folder.event("stop", f"stopped: {cause}", code=PREEMPTED, step=step)
+        return PREEMPTED
     time.sleep(_QUEUE_S)  # Slurm ends this job meanwhile: to leave first would look like its own end
     return PREEMPTED
+
+
+def _ask_queue(job: str) -> slurm.SlurmError | None:
+    """Have Slurm queue this job again, which its controller may be away for; why not, where it never would."""
+    end = time.monotonic() + _ASK_S
+    if over := os.environ.get("SLURM_JOB_END_TIME", ""):  # what is not queued by then has ended for good
+        end = min(end, time.monotonic() + max(0.0, float(over) - time.time() - _LEAVE_S))
+    while True:
+        try:
+            slurm.requeue(job)
+            return None
+        except slurm.SlurmError as error:
+            if time.monotonic() > end:
+                return error
+        time.sleep(_ASK_AGAIN_S)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ from types import FrameType
 from configs.errors import ConfigError, LeviathanError
 from launcher import slurm
 from launcher.config import LaunchConfig
-from launcher.network import free_port
+from launcher.network import address_of_first, free_port
 from launcher.on_ray import DriverProcess, asked_code, code_of_job
-from launcher.on_slurm import as_job
+from launcher.on_slurm import as_job, patience
 from launcher.srun import Step
 from launcher.supervise import REQUESTS
 from pretrain.run_folder import RunFolder
@@ -44,7 +44,7 @@ class _Cluster:
         if not self._ray.exists():
             raise ConfigError(f"there is no {self._ray}; pip install -c constraints.txt 'ray[default]'")
         self._steps: list[Step] = []
-        address = self._nodes[0].address
+        address = address_of_first([node.address for node in self._nodes])
         self.address = f"{address}:{free_port(address)}"
 
     def up(self) -> dict[str, str]:
@@ -115,8 +115,9 @@ class _Cluster:
 class _Driver:
     """The driver of the run, as a child: requests to stop reach it."""
 
-    def __init__(self) -> None:
+    def __init__(self, launch: LaunchConfig) -> None:
         self.asked: int | None = None
+        self._launch, self._until = launch, math.inf
         for number in REQUESTS:
             signal.signal(number, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
@@ -129,13 +130,28 @@ class _Driver:
         try:
             while (code := driver.ended(self.asked)) is None:
                 cluster.check()
+                if time.monotonic() > self._until:
+                    return self._give_up(folder)
                 time.sleep(_POLL_S)
         finally:
             driver.kill()
         return code_of_job(code, self.asked)
 
+    def _give_up(self, folder: RunFolder) -> int:
+        """The exit code where a driver that was asked to leave has not in time."""
+        assert self.asked is not None
+        most, step = patience(self._launch, self.asked), max(folder.committed_steps(), default=0)
+        folder.stop_request.unlink(missing_ok=True)  # or the job's next start would obey it
+        folder.event(
+            "warning",
+            f"stopped after {most:.0f} s without saving; the last checkpoint, of step {step}, is valid",
+            step=step,
+        )
+        return asked_code(self.asked)
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.asked = self.asked or number
+        if self.asked is None:
+            self.asked, self._until = number, time.monotonic() + patience(self._launch, number)
 
 
 def main(arguments: list[str]) -> int:
@@ -144,7 +160,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _drive(folder: RunFolder, launch: LaunchConfig, job: str) -> tuple[int, int | None]:
-    driver, cluster = _Driver(), _Cluster(folder, launch, job)
+    driver, cluster = _Driver(launch), _Cluster(folder, launch, job)
     try:
         return driver.drive(folder, cluster, cluster.up()), driver.asked
     finally:

@@ -24,6 +24,8 @@ _WAITS = re.compile(r"srun: Job \d+ step creation (?:temporarily|still) disabled
 _BEGINS = "srun: Step created for "
 _BUSY = "Requested nodes are busy"
 _SIGNALS = {signal.strsignal(number): int(number) for number in signal.Signals}
+# what is over its limit of memory the kernel kills, and Slurm has a word of its own for that
+_SIGNALS["Out Of Memory"] = int(signal.SIGKILL)
 _END_S, _LAST_WORDS_S, _POLL_S, _LINES = 20.0, 5.0, 0.2, 50
 
 

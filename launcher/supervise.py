@@ -6,6 +6,7 @@ FOLDER` supervises a run on this machine that is ready to start, and dies with i
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -112,8 +113,9 @@ class Supervisor:
             if len(codes) == self._team.world:
                 return _End(DONE, "done")
             now = time.monotonic()
-            if self._at_once or (self.asked is not None and now - self._asked_at > self._launch.grace_s):
-                waited = f"after {self._launch.grace_s:.0f} s" if not self._at_once else "at once"
+            patience = self._team.patience(self.asked) if self.asked is not None else math.inf
+            if self._at_once or now - self._asked_at > patience:
+                waited = f"after {patience:.0f} s" if not self._at_once else "at once"
                 return _End(self._asked_code(), f"stopped {waited} without saving; the last checkpoint is valid")
             if self.asked is not None and now - asked > _REPEAT_S:
                 asked = now  # a rank that only just began may not have listened yet
@@ -180,9 +182,8 @@ class Supervisor:
             self._at_once = True
         if self.asked is None:
             self.asked, self._asked_at = number, time.monotonic()
-            budget = (
-                f"{signal.Signals(number).name}: finishing the step and saving (at most {self._launch.grace_s:.0f} s)"
-            )
+            most = self._team.patience(number)
+            budget = f"{signal.Signals(number).name}: finishing the step and saving (at most {most:.0f} s)"
             again = "; Ctrl-C again stops at once" if number == signal.SIGINT else ""
             self._folder.event("signal", budget + again, signal=signal.Signals(number).name)
         self._team.send(number)

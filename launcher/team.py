@@ -31,6 +31,10 @@ class Team(ABC):
         """What has to be there before ranks can start again, and is not, in a sentence; None where all is there."""
         return None
 
+    def patience(self, number: int) -> float:
+        """Seconds that ranks have to save in after a signal has asked them to leave."""
+        return self.launch.grace_s
+
     @abstractmethod
     def start(self, attempt: int, fence: int) -> None:
         """Start every rank; what an earlier attempt left behind says nothing of them."""

@@ -167,7 +167,7 @@ class CheckpointStore:
     def _write(self, job: _Save) -> None:
         try:
             self._write_rank(job)
-        except (OSError, NotFiniteError) as error:
+        except Exception as error:  # as below: a thread that dies of it would tell nobody
             self.local_failure = True
             with contextlib.suppress(OSError):
                 (job.draft / _file(self._ranks.rank)).unlink(missing_ok=True)
@@ -206,7 +206,7 @@ class CheckpointStore:
             self.lost_lease = error
             shutil.rmtree(job.draft, ignore_errors=True)
             return
-        except OSError as error:
+        except Exception as error:  # whatever it was, this save is lost, and has to be counted and told
             self._give_up(job, str(error) or type(error).__name__)
             return
         fault_point("save.after_commit", job.step)
@@ -334,4 +334,4 @@ def _reason(error: Exception) -> dict[str, str]:
         return {"text": f"{error.args[0]} holds a value that is not finite"}
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return {"text": "no space left on the disk"}
-    return {"text": str(error)}
+    return {"text": str(error) or type(error).__name__}

@@ -10,6 +10,7 @@ so an old owner that wakes up can finish nothing.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import socket
@@ -144,14 +145,23 @@ class Lease:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
-                except OSError:
-                    if time.monotonic() > deadline:
+                except OSError as error:
+                    if error.errno in (errno.ENOSYS, errno.ENOTSUP):
                         raise ConfigError(
-                            f"{self._lock} has been locked for {LOCK_S:.0f} s by another process;"
-                            " see who holds it with `fuser`, end it, and start again"
+                            f"{self._lock} is on a file system without locks ({error.strerror}); mount it with `flock`,"
+                            " or set run.dir to another disk"
                         ) from None
+                    if time.monotonic() > deadline:
+                        raise ConfigError(f"{self._lock} {_not_had(error)}, and start again") from None
                     time.sleep(0.02)
             yield
+
+
+def _not_had(error: OSError) -> str:
+    """Why a lock could not be had, and what to do."""
+    if isinstance(error, BlockingIOError):
+        return f"has been locked for {LOCK_S:.0f} s by another process; see who holds it with `fuser`, end it"
+    return f"could not be locked for {LOCK_S:.0f} s ({error.strerror}); see why its file system gives no locks"
 
 
 def _alive(held: dict[str, Any]) -> bool:

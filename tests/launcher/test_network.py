@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from configs.errors import ConfigError
-from launcher.network import family_of, free_port, interface_towards, own_address_towards
+from launcher.network import address_of_first, family_of, free_port, interface_towards, own_address_towards
 from tests import network
 from tests.conftest import ROOT, wait_until
 from tests.network import Network
@@ -45,6 +45,13 @@ def test_a_port_for_another_host_is_one_that_nobody_has_here():
 def test_a_free_port_can_be_taken(host):
     with socket.socket(family_of(host), socket.SOCK_STREAM) as taken:
         taken.bind((host, free_port(host)))
+
+
+def test_of_nodes_apart_the_first_ones_own_address_stays():
+    here = next(entry.address for entry in psutil.net_if_addrs()["lo"] if entry.family == socket.AF_INET)
+    assert address_of_first(["203.0.113.7", "203.0.113.8"]) == "203.0.113.7"
+    assert address_of_first([here]) == here
+    assert address_of_first([here, here]) == here, "all of them are on this machine"
 
 
 APART = pytest.mark.skipif(
@@ -84,3 +91,16 @@ def test_nodes_whose_names_lead_to_loopback_meet_by_addresses(family):
         own = [address(number) for number in (1, 2)]
     for number in (1, 2):
         assert said[number - 1][0].split() == ["127.0.1.1", own[number - 1], "eth0", "2.0"], said[number - 1][1]
+
+
+@APART
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_first_node_whose_own_name_leads_to_loopback_is_met_where_the_others_reach_it(family):
+    ask = "import sys; from launcher.network import address_of_first; print(address_of_first(sys.argv[1:]))"
+    with Network(2) as nodes:
+        address = {4: nodes.address, 6: nodes.address6}[family]
+        nodes.start(1, ["sleep", "100"], os.environ)
+        wait_until(lambda: nodes.processes(1)[1:], 10)
+        words = nodes.inside(1, [sys.executable, "-c", ask, "n1", address(2)])
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.stdout.strip() == address(1), done.stderr

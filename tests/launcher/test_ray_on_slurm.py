@@ -17,11 +17,13 @@ import psutil
 import pytest
 
 from configs.errors import LeviathanError
+from launcher.config import LaunchConfig, SlurmConfig
 from launcher.ray_on_slurm import _Driver
 from pretrain.run_folder import RunFolder
-from tests.conftest import ROOT, wait_until
+from tests.conftest import ROOT, events, wait_until
 
 SECONDS = 30
+LAUNCH = LaunchConfig()
 LISTENS = f"""exec {sys.executable} -c '
 import signal, sys, time
 signal.signal(signal.SIGUSR1, lambda number, frame: sys.exit(75))
@@ -45,16 +47,16 @@ class Cluster:
 class Driven:
     """A batch step that drives a run whose script holds these lines."""
 
-    def __init__(self, folder: Path, lines: str, asked: int | None = None) -> None:
+    def __init__(self, folder: Path, lines: str, asked: int | None = None, launch: LaunchConfig = LAUNCH) -> None:
         self.run = RunFolder(folder / "run")
         self.run.make()
         (self.run.path / "job.sh").write_text(f"trap '' USR1\ntouch {self.run.path}/began\n{lines}\n")
-        self._asked = asked
+        self._asked, self._launch = asked, launch
         self.process = multiprocessing.get_context("fork").Process(target=self._drive)
         self.process.start()
 
     def _drive(self) -> None:
-        driver = _Driver()
+        driver = _Driver(self._launch)
         if self._asked is not None:
             os.kill(os.getpid(), self._asked)
         try:
@@ -109,6 +111,23 @@ def test_a_driver_that_dies_of_a_request_was_preempted(tmp_path):
     wait_until(lambda: driven.there("began"), SECONDS)
     os.kill(driven.process.pid, signal.SIGTERM)
     assert driven.end() == 75
+
+
+@pytest.mark.parametrize(("asked", "most"), [(signal.SIGUSR1, 3), (signal.SIGTERM, 1)])
+def test_a_driver_that_saves_for_too_long_leaves_time_to_be_queued_again(tmp_path, asked, most):
+    """Its job would be over at the time limit, and with it the run."""
+    launch = LaunchConfig(grace_s=1.0, slurm=SlurmConfig(before_limit_s=33))
+    driven = Driven(tmp_path, f"trap '' TERM\nexec -a {tmp_path}/run sleep 60", launch=launch)
+    driven.run.stop_request.touch()  # as a driver does that was asked
+    wait_until(lambda: driven.there("began"), SECONDS)
+    os.kill(driven.process.pid, asked)
+    began = time.monotonic()
+    assert driven.end() == 75
+    assert most <= time.monotonic() - began < most + 5
+    assert not driven.run.stop_request.exists(), "the job's next start would obey it"
+    assert events(driven.run, "warning") == [
+        f"stopped after {most} s without saving; the last checkpoint, of step 0, is valid"
+    ]
 
 
 def test_a_driver_does_not_outlive_its_cluster(tmp_path):

@@ -26,6 +26,8 @@ BEGINS = "srun: Step created for StepId=7.0"
         ("srun: error: n1: task 3: Segmentation fault (core dumped)", {3: -11}),
         ("srun: error: n1: task 0: Terminated\n", {0: -15}),
         ("srun: error: n1: task 0: Aborted", {0: -6}),
+        ("srun: error: n1: task 0: Out Of Memory", {0: -9}),
+        ("srun: error: n2: tasks 1-3: Out Of Memory", {1: -9, 2: -9, 3: -9}),
         ("srun: Job step aborted: Waiting up to 32 seconds for job step to finish.", {}),
         ("srun: error: Node failure on n3", {}),
         ("error: something of a library's own", {}),

@@ -106,7 +106,7 @@ def test_options_that_are_the_launchers_are_refused(option):
         SlurmConfig(extra=(option,))
 
 
-@pytest.mark.parametrize("time", ["90", "1:30:00", "0-01", "2-00:00:00", "90:00"])
+@pytest.mark.parametrize("time", ["90", "1440", "1:30:00", "1000:00:00", "0-01", "2-00:00:00", "90:00"])
 def test_times_are_those_of_sbatch(tmp_path, time):
     assert f"--time={time}" in options_of(script(tmp_path, time=time))
 

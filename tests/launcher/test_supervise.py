@@ -106,6 +106,42 @@ def apart(tmp_path) -> Supervisor:
     return Supervisor(Apart(folder, LaunchConfig(start_s=1.5)))
 
 
+class Patient(LocalTeam):
+    """A team that has longer to save in after USR1 than after other signals."""
+
+    def patience(self, number):
+        return 3.0 if number == signal.SIGUSR1 else super().patience(number)
+
+
+SAVES = "import signal, sys, time; signal.signal({asked}, lambda *_: (time.sleep(1.2), sys.exit(75))); time.sleep(60)"
+
+
+@pytest.mark.parametrize(("asked", "saved"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_ranks_have_as_long_to_save_as_their_team_says(tmp_path, monkeypatch, asked, saved):
+    folder = RunFolder(tmp_path / "run")
+    folder.make()
+    team = Patient(folder, LaunchConfig(grace_s=0.5))
+    process = subprocess.Popen([sys.executable, "-c", "print(flush=True);" + SAVES.format(asked=int(asked))],
+                               stdout=subprocess.PIPE)  # fmt: skip
+    process.stdout.readline()
+    time.sleep(0.2)
+    team._ranks.append(_Rank(0, process))
+    team._heartbeats = tmp_path
+    supervisor = Supervisor(team)
+    supervisor._on_signal(asked, None)
+    try:
+        end = supervisor._watch()
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert end.code == 75
+    assert end.cause == (
+        "stopped as asked" if saved else "stopped after 0 s without saving; the last checkpoint is valid"
+    )
+    assert f"at most {3 if saved else 0} s" in events(folder, "signal")[0]
+
+
 def test_a_node_that_stays_away_ends_a_run_in_time(apart):
     began = time.monotonic()
     with pytest.raises(CannotGoOnError, match=r"^node n2 does not answer, and has not for 2 s; mend it, or start"):

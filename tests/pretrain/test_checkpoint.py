@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from safetensors import safe_open
 
 from configs.errors import CannotGoOnError, ConfigError, DataError
 from pretrain import checkpoint as checkpoints
+from pretrain import lease as leases
 from pretrain.checkpoint import CheckpointStore
 from pretrain.checkpoint_files import newest_readable, open_files, own_hash, verify
 from pretrain.config import CheckpointConfig
@@ -271,6 +273,33 @@ def test_an_owner_that_lost_the_lease_commits_nothing(folder):
     assert isinstance(store.lost_lease, CannotGoOnError)
     assert f"number {old}, now {old + 1}" in str(store.lost_lease)
     assert folder.committed_steps() == []
+
+
+@pytest.mark.parametrize("what", ["lock", "anything"])
+def test_whatever_a_commit_fails_of_is_a_save_that_failed_and_is_told(folder, monkeypatch, what):
+    monkeypatch.setattr(leases, "LOCK_S", 0.2)
+    lease = Lease(folder.path)
+    store = CheckpointStore(folder, rank(), CheckpointConfig(), lease=lease, fence=lease.take())
+    if what == "lock":
+        with open(folder.path / "lease.lock") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            assert store.save(10, state_of(), {})
+            store.wait()
+    else:
+        with monkeypatch.context() as broken:
+            broken.setattr(checkpoints, "own_hash", lambda manifest: 1 // 0)
+            assert store.save(10, state_of(), {})
+            store.wait()
+    assert store.failures == 1
+    (told,) = events(folder, "save_failed")
+    reason = {"lock": "has been locked for 0 s by another process", "anything": "by zero"}[what]
+    assert told.startswith("checkpoint step 10 failed: ")
+    assert reason in told
+    assert not folder.committed_steps()
+    assert store.save(20, state_of(), {})
+    store.wait()
+    assert (store.failures, folder.committed_steps()) == (0, [20])
+    lease.release()
 
 
 def test_a_manifest_that_names_a_file_elsewhere_is_refused(folder):

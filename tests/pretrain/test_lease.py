@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -171,3 +173,20 @@ def test_no_other_job_and_no_earlier_start_takes_over_from_one_that_lives(tmp_pa
     with pytest.raises(ConfigError, match="in use by process"):
         Lease(tmp_path, start).take()
     holds.release()
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.ENOTSUP, "is on a file system without locks (Operation not supported); mount it with `flock`"),
+        (errno.ENOLCK, "could not be locked for 0 s (No locks available); see why its file system gives no locks"),
+    ],
+)
+def test_a_disk_that_gives_no_locks_is_told_for_what_it_is(tmp_path, monkeypatch, number, message):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(leases.fcntl, "flock", flock)
+    monkeypatch.setattr(leases, "LOCK_S", 0.2)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Lease(tmp_path).take()
