@@ -3,6 +3,7 @@
 `59k`: 48 wide, 2 blocks, rows of 64, lr 4e-3; `160k`: 64 wide, 3 blocks, rows of 128, lr 3e-3; 4 heads, 12 rows a
 batch, AdamW, cosine, clip 1, RoPE where there are q.k scores. The width of the channel mixer is fitted so that all have
 attention's parameters, where it has one. What is quartic, or goes token by token, is compared at a smaller size.
+`variants` are options and pairs of mixers at the larger size, their channel mixers as they come, so of unequal size.
 """
 
 from __future__ import annotations
@@ -31,17 +32,20 @@ SHAPES: dict[str, tuple[dict[str, Any], float, int | None]] = {
     "59k": ({"width": 48, "depth": 2, "length": 64}, 4e-3, 58_656),
     "160k": ({"width": 64, "depth": 3, "length": 128}, 3e-3, 160_128),
     "smaller": ({"width": 32, "depth": 2, "length": 32}, 4e-3, None),
+    "variants": ({"width": 64, "depth": 3, "length": 128}, 3e-3, None),
 }
 
 
 @dataclass(frozen=True)
 class Arm:
-    """mixer: name and options. keys: of the model besides. prototype: loss of seed 0 and 1 there, by size."""
+    """mixer: name and options. keys: of the model besides. prototype: loss of seed 0 and 1 there, by size. beside: a
+    mixer with its defaults that takes turns with the first."""
 
     mixer: str
     options: dict[str, Any] = field(default_factory=dict)
     keys: dict[str, Any] = field(default_factory=dict)
     prototype: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    beside: str | None = None
 
 
 FF2 = {"channel": {"name": "feedforward2"}}
@@ -78,6 +82,22 @@ SMALLER_ARMS: dict[str, Arm] = {
     "relational": Arm("attention", keys={"stack": {"name": "relational"}}),
     "geodesic": Arm("attention", keys={"stack": {"name": "geodesic"}}),
 }
+VARIANT_ARMS: dict[str, Arm] = {
+    "attention": Arm("attention"),
+    "attention, feedforward2": Arm("attention", keys=FF2),
+    "involution 7": Arm("involution", {"kernel": 7}),
+    "involution 7 and attention in turn": Arm("involution", {"kernel": 7}, beside="attention"),
+    "involution 7 and elita in turn": Arm("involution", {"kernel": 7}, beside="elita"),
+    "involution 7, dilation_growth 2": Arm("involution", {"kernel": 7, "dilation_growth": 2}),
+    "involution 7, softmax": Arm("involution", {"kernel": 7, "softmax": True}),
+    "involution 32": Arm("involution", {"kernel": 32}),
+    "involution 32, delta": Arm("involution", {"kernel": 32, "delta": True}),
+    "involution 32, softmax": Arm("involution", {"kernel": 32, "softmax": True}),
+    "elita": Arm("elita"),
+    "elita, feedforward2": Arm("elita", keys=FF2),
+    "elita, feedforward2, layernorm_plain, biases": Arm("elita", keys=PLAIN | FF2 | {"bias": True}),
+}
+OWN_ARMS = {"smaller": SMALLER_ARMS, "variants": VARIANT_ARMS}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +113,7 @@ def run(options: argparse.Namespace) -> Table:
     """Train every mixer with every seed and return the table."""
     torch.set_num_threads(1)
     shape, lr, target = SHAPES[options.size]
-    arms = SMALLER_ARMS if options.size == "smaller" else ARMS
+    arms = OWN_ARMS.get(options.size, ARMS)
     chosen = {name: arm for name, arm in arms.items() if options.only in (None, name)}
     table = Table(f"tinyshakespeare, 65 symbols, {_said(shape)}, {options.steps} steps: held-out nats a symbol")
     optim = OPTIM.model_copy(update={"lr": lr})
@@ -127,7 +147,9 @@ def _said(shape: dict[str, Any]) -> str:
 def _model(arm: Arm, shape: dict[str, Any], mult: float | None = None) -> ModelConfig:
     # a mixer without heads says so by having no such option
     heads = {} if arm.mixer == "involution" else {"heads": 4}
-    keys: dict[str, Any] = {**shape, "mixers": [{"name": arm.mixer, "options": heads | arm.options}], **arm.keys}
+    mixers: list[dict[str, Any]] = [{"name": arm.mixer, "options": heads | arm.options}]
+    mixers += [{"name": arm.beside}] if arm.beside else []
+    keys: dict[str, Any] = {**shape, "mixers": mixers, **arm.keys}
     if mult is not None:
         keys["channel"] = {"name": "mlp", "options": {"mult": mult}}
     return checked(ModelConfig, Layers(keys))
