@@ -130,6 +130,7 @@ class SlurmTeam(Team):
         self._step = Step(self._job, words, environment, lambda line: self.folder.event("warning", line))
 
     def patience(self, number: int) -> float:
+        """As long as Slurm leaves."""
         return patience(self.launch, number)
 
     def _meeting(self, each: int) -> dict[str, str]:
