@@ -111,7 +111,7 @@ class Loader:
         self.rows_consumed = 0
 
     def seek(self, rows_consumed: int) -> None:
-        """Go on after `rows_consumed` rows of the run; they must be whole batches."""
+        """Go on after `rows_consumed` rows of the run, whatever batches they were read in."""
         self.close()
         self.rows_consumed = rows_consumed
         self._ready, self._hand = queue.Queue(maxsize=AHEAD), deque()
@@ -155,7 +155,7 @@ class Loader:
         step = self.rows_consumed // self._batch_rows
         try:
             while not stop.is_set():
-                self._shards.expect(partial(self._order.shards_ahead, step * self._batch_rows))
+                self._shards.expect(partial(self._order.shards_ahead, self._row_of(step)))
                 made = self.steps(step, _STEPS_PLANNED)
                 while handful := deque(islice(made, self._handful)):
                     ready.put(handful)
@@ -165,9 +165,13 @@ class Loader:
         except BaseException as error:
             ready.put(error)
 
+    def _row_of(self, step: int) -> int:
+        """The first row of a step, counted in batches of today's size: earlier ones may have been of another."""
+        return step * self._batch_rows + self.rows_consumed % self._batch_rows
+
     def steps(self, first: int, count: int) -> Iterator[list[Batch]]:
         """The micro-batches of `count` steps from step `first` on, one list a step."""
-        begins = (first + np.arange(count, dtype=np.int64)) * self._batch_rows + self._first
+        begins = self._row_of(first) + np.arange(count, dtype=np.int64) * self._batch_rows + self._first
         rows = self._order.locate((begins[:, None] + np.arange(self._share)).reshape(-1))
         size = self._order.length + 1
         for step in range(count):

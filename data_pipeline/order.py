@@ -96,8 +96,10 @@ class Mixture:
 class Order:
     """The order of one run's training rows.
 
-    manifest: the shards. length: tokens in a row (a row reads length + 1). weights: what the run started with.
-    changes: (from which row, new weights), ascending. skips: (before which row, how many rows are passed over).
+    manifest: the shards. length: tokens in a row (a row reads length + 1). weights: what the run started with; rows are
+    dealt in the order in which it names sources. changes: (from which row, new weights), ascending. skips: (before
+    which row, how many rows are passed over). names: the same sources in the order that rows are labelled by, where
+    that is another.
     """
 
     def __init__(
@@ -110,11 +112,16 @@ class Order:
         window: int | None = None,
         changes: Sequence[WeightChange] = (),
         skips: Sequence[Skip] = (),
+        names: Sequence[str] | None = None,
     ) -> None:
-        self.names = tuple(weights)
+        self._dealt = tuple(weights)
+        self.names = tuple(names or weights)
+        if sorted(self.names) != sorted(self._dealt):
+            raise ConfigError(f"rows are dealt to {', '.join(self._dealt)} and labelled {', '.join(self.names)}")
+        self._labels = [self.names.index(name) for name in self._dealt]
         self.length = length
         self.skips = tuple(skips)
-        self._sources = [_Source(manifest, name, length, seed, window) for name in self.names]
+        self._sources = [_Source(manifest, name, length, seed, window) for name in self._dealt]
         self._segments = self._plan([(0, weights), *changes])
 
     def rows(self, first: int, count: int) -> Rows:
@@ -135,22 +142,26 @@ class Order:
             source, local = mixture.deal(index[here] - start)
             for s in np.unique(source):
                 chosen = here[source == s]
-                out.source[chosen] = s
+                out.source[chosen] = self._labels[s]
                 out.shard[chosen], out.start[chosen] = self._sources[s].locate(local[source == s] + base[s])
         return out
 
     def epoch_rows(self, source: int) -> int:
-        """Rows in one pass over a source."""
-        return self._sources[source].epoch_rows
+        """Rows in one pass over a source, by its place in `names`."""
+        return self._sources[self._labels.index(source)].epoch_rows
 
     def shards_ahead(self, row: int) -> list[int]:
         """Rows of the manifest's table: the shards of every source's window at `row`, then of its next window."""
-        return [
-            s for ahead in (0, 1) for n, c in enumerate(self.counts(row)) for s in self._sources[n].window_at(c, ahead)
-        ]
+        given = self._given(row)
+        return [s for ahead in (0, 1) for n, c in enumerate(given) for s in self._sources[n].window_at(c, ahead)]
 
     def counts(self, rows: int) -> list[int]:
-        """How many of the run's first `rows` rows each source gives, skipped ones counted in."""
+        """How many of the run's first `rows` rows each of `names` gives, skipped ones counted in."""
+        given = dict(zip(self._dealt, self._given(rows)))
+        return [given[name] for name in self.names]
+
+    def _given(self, rows: int) -> list[int]:
+        """The same for each source in the order in which rows are dealt."""
         index = rows + sum(count for at, count in self.skips if at < rows)
         start, mixture, base = [s for s in self._segments if s[0] <= index][-1]
         return [b + c for b, c in zip(base, mixture.counts(index - start))]
@@ -158,12 +169,16 @@ class Order:
     def _plan(self, changes: Sequence[WeightChange]) -> list[tuple[int, Mixture, list[int]]]:
         """Per stretch of constant weights: its first row, its mixture, the rows each source gave before."""
         segments: list[tuple[int, Mixture, list[int]]] = []
-        base = [0] * len(self.names)
+        base = [0] * len(self._dealt)
         for start, weights in changes:
+            if set(weights) != set(self._dealt):
+                raise ConfigError(
+                    f"rows are dealt to {', '.join(self._dealt)}, and from row {start:,} to {dict(weights)}"
+                )
             if segments:
                 began, mixture, _ = segments[-1]
                 base = [b + c for b, c in zip(base, mixture.counts(start - began))]
-            segments.append((start, Mixture({name: weights[name] for name in self.names}), base))
+            segments.append((start, Mixture({name: weights[name] for name in self._dealt}), base))
         return segments
 
 

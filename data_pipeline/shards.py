@@ -192,7 +192,6 @@ class Shard:
         self._per_block = BLOCK_BYTES // self.dtype.itemsize
         self._tokens: list[np.ndarray | None] = [None] * len(self.blocks)
         self._ends: list[np.ndarray] = [_NONE] * len(self.blocks)
-        self._byte_ends: list[np.ndarray] = [_NONE] * len(self.blocks)
 
     @property
     def tokens(self) -> int:
@@ -224,8 +223,8 @@ class Shard:
         """(documents, 2) int64: the token and the byte of text where each document ends."""
         for block in range(len(self.blocks)):
             self._view(block)
-        pairs = [np.stack(pair, axis=1) for pair in zip(self._ends, self._byte_ends)]
-        return np.concatenate(pairs) if pairs else np.empty((0, 2), dtype=np.int64)
+        pairs = [self._pairs(block) for block in self.blocks]
+        return np.concatenate(pairs).astype(np.int64) if pairs else np.empty((0, 2), dtype=np.int64)
 
     def names(self) -> list[str]:
         """The names of its documents, in order."""
@@ -245,10 +244,11 @@ class Shard:
     def _cut(self, block: int, start: int, stop: int) -> np.ndarray:
         self._view(block)
         ends = self._ends[block]
-        first = ends.searchsorted(start, "right")
+        # a number of another type would have all of them converted
+        first = ends.searchsorted(ends.dtype.type(start), "right")
         if first == len(ends) or ends[first] >= stop:
             return _NONE
-        return ends[first : ends.searchsorted(stop, "left")]
+        return ends[first : ends.searchsorted(ends.dtype.type(stop), "left")].astype(np.int64)
 
     def _view(self, block: int) -> np.ndarray:
         view = self._tokens[block]
@@ -256,10 +256,14 @@ class Shard:
             b = self.blocks[block]
             self._check(b, f"block {block}")
             view = np.frombuffer(self._map, self.dtype, b.tokens, b.tokens_at)
-            pairs = np.frombuffer(self._map, "<u4", 2 * b.documents, b.ends_at).reshape(-1, 2)
-            self._ends[block], self._byte_ends[block] = pairs.T.astype(np.int64)
+            # side by side for the search; 4 bytes of every document that a long run has come by stay in memory
+            self._ends[block] = np.ascontiguousarray(self._pairs(b)[:, 0])
             self._tokens[block] = view
         return view
+
+    def _pairs(self, block: Block) -> np.ndarray:
+        """(documents, 2) u32, where they lie: token and byte of text at which each document of a block ends."""
+        return np.frombuffer(self._map, "<u4", 2 * block.documents, block.ends_at).reshape(-1, 2)
 
     def _check(self, block: Block, what: str) -> None:
         found = xxhash.xxh3_64_hexdigest(memoryview(self._map)[block.begin : block.end])

@@ -90,7 +90,13 @@ def prepare(
     check_rows(config, launch.ranks)
     _check_parts(config, layers)
     folder, runs = run_folder(config, files), Path(config.run.dir).expanduser()
-    origin = origin_of(branch, config.model.ensemble.modules, runs, folder, has_begun(folder)) if branch else None
+    begun = has_begun(folder)
+    origin = origin_of(branch, config.model.ensemble.modules, runs, folder, begun) if branch else None
+    if origin is not None and not begun and origin.get("step", 0) >= total_steps(config):
+        raise ConfigError(
+            f"the branch begins at step {origin['step']:,} and ends at step {total_steps(config):,}, so it would train"
+            " nothing; raise train.steps, which counts from the origin's first step"
+        )
     return make_ready(config, launch, folder, origin=origin, allow=allow)
 
 

@@ -21,6 +21,7 @@ from data_pipeline.places import public
 from data_pipeline.shards import Shard
 from pretrain.checkpoint_files import read_manifest
 from pretrain.config import RunConfig
+from pretrain.place import Place, beginning, place_of, reads_on
 from pretrain.run_folder import RunFolder, step_name
 
 PREVIEW_TOKENS = 64
@@ -58,17 +59,6 @@ class Step:
     rows: Iterator[Row]
 
 
-@dataclass(frozen=True)
-class _Anchor:
-    """A point of the run at which it is known how many rows were consumed, and all changes of mixture and skips."""
-
-    step: int
-    rows: int
-    weights: list[tuple[int, dict[str, float]]]
-    skips: list[tuple[int, int]]
-    begins_at: int = 0
-
-
 def explain(folder: RunFolder, step: int) -> Step:
     """The rows of step `step` of a run, counted from 1 as in metrics.jsonl, and the documents behind them.
 
@@ -77,10 +67,16 @@ def explain(folder: RunFolder, step: int) -> Step:
     config = load(RunConfig, [folder.config])
     dataset = open_dataset(config.data)
     _check_same_data(folder, config, dataset)
-    anchor = _anchor(folder, config, dataset)
-    if step < anchor.begins_at + 1:
-        origin = f"; steps up to {anchor.begins_at} are those of {folder.facts()['from']['run']}" if step > 0 else ""
-        raise UsageError(f"{folder.name} has no step {step}: its first is {anchor.begins_at + 1}{origin}")
+    anchor, begins_at = _anchor(folder, config, dataset)
+    if step < begins_at + 1:
+        origin = f"; steps up to {begins_at} are those of {folder.facts()['from']['run']}" if step > 0 else ""
+        raise UsageError(f"{folder.name} has no step {step}: its first is {begins_at + 1}{origin}")
+    changed_at = _changed_at(folder)
+    if step <= changed_at:
+        raise UsageError(
+            f"{folder.name} went on after step {changed_at} with another train.batch_rows or model.length; ask for"
+            " a later step"
+        )
     batch = config.train.batch_rows
     first = anchor.rows + (step - 1 - anchor.step) * batch
     (_, weights), *changes = anchor.weights
@@ -128,8 +124,9 @@ def _check_same_data(folder: RunFolder, config: RunConfig, dataset: Dataset) -> 
         )
 
 
-def _anchor(folder: RunFolder, config: RunConfig, dataset: Dataset) -> _Anchor:
-    """The newest point that is known, of this run or, before its first checkpoint, of the run it branched from."""
+def _anchor(folder: RunFolder, config: RunConfig, dataset: Dataset) -> tuple[Place, int]:
+    """The newest place that is known, of this run or, before its first checkpoint, of the run it branched from; and the
+    step after which this run begins."""
     own = {name: source.weight for name, source in config.data.sources.items()}
     origin, begins_at = folder.facts().get("from"), 0
     resumed = [event["step"] for event in folder.history() if event["event"] == "resume" and event.get("step")]
@@ -145,17 +142,20 @@ def _anchor(folder: RunFolder, config: RunConfig, dataset: Dataset) -> _Anchor:
         if found is None:
             raise DataError(f"{folder.name} branched from {origin['run']}, which has no checkpoint to tell from where")
         begins_at = found["step"]
-        if found["data"]["fingerprint"] != dataset.manifest.fingerprint:
-            # other data than the origin's are read from their beginning
-            return _Anchor(begins_at, 0, [(0, own)], [], begins_at)
-    if found is None:
-        return _Anchor(0, 0, [(0, own)], [])
-    data = found["data"]
-    weights = [(int(row), dict(weights)) for row, weights in data["weights"]]
-    if weights[-1][1] != own:
-        weights.append((data["rows"], own))
-    skips = [(int(at), int(count)) for at, count in data["skips"]]
-    return _Anchor(found["step"], data["rows"], weights, skips, begins_at)
+        if not reads_on(found, dataset.manifest.fingerprint, own):
+            return beginning(begins_at, own), begins_at
+    return beginning(0, own) if found is None else place_of(found, own), begins_at
+
+
+def _changed_at(folder: RunFolder) -> int:
+    """The step after which rows were last dealt to steps otherwise than before; 0 where they never were."""
+    step, waits = 0, False
+    for event in folder.history():
+        if event["event"] == "change":
+            waits |= not {"train.batch_rows", "model.length"}.isdisjoint(event["changes"])
+        elif event["event"] == "resume" and waits:
+            step, waits = event["step"], False
+    return step
 
 
 def _newest_manifest(folder: RunFolder) -> dict[str, Any] | None:

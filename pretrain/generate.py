@@ -41,8 +41,7 @@ def generate(model: Model, tokenizer: Tokenizer, prompt: str, *, tokens: int, sa
 
     Every piece is whole characters: bytes that do not yet make one are held back.
     """
-    # a document never begins with its end, so that is no start for a text
-    ids = tokenizer.encode(prompt or "\n").tolist()
+    ids = _begin(tokenizer, prompt)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     generator = torch.Generator().manual_seed(derive_seed(sampling.seed, "generate"))
     with torch.no_grad():
@@ -56,6 +55,15 @@ def generate(model: Model, tokenizer: Tokenizer, prompt: str, *, tokens: int, sa
             yield decoder.decode(tokenizer.decode_bytes([token]))
             feed = torch.tensor([[token]], device=feed.device)
     yield decoder.decode(b"", final=True)
+
+
+def _begin(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The tokens that a text begins with. Raises UsageError where a tokenizer leaves nothing of the prompt."""
+    # a document never begins with its end, so that is no start for a text; some tokenizers know no line end either
+    for text in (prompt, "\n", ".") if not prompt.strip() else (prompt,):
+        if ids := tokenizer.encode(text).tolist():
+            return ids
+    raise UsageError(f"the tokenizer leaves nothing of the prompt {prompt!r}; give one with a letter")
 
 
 def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

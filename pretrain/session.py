@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +37,9 @@ from pretrain.models.build import build
 from pretrain.ops.expert_parallel import shard_experts
 from pretrain.optim import lr_scale
 from pretrain.parallel import Ranks, finish
+from pretrain.place import Place, beginning, place_of, reads_on, sources_of
 from pretrain.run_folder import Record, RunFolder, counted
 from pretrain.trainer import Plan, train
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a run goes on. rows: consumed so far. weights: (from row, weight of each source), ascending. skips: windows
-    of rows passed over, as (before which row, how many)."""
-
-    step: int
-    rows: int
-    weights: list[tuple[int, dict[str, float]]]
-    skips: list[tuple[int, int]]
 
 
 class Session:
@@ -133,7 +122,7 @@ class Session:
     def _restore(self) -> Place:
         own = self.store.newest_valid()
         found = own or self._branch_point()
-        fresh = Place(0, 0, [(0, self._weights())], [])
+        fresh = beginning(0, self._weights())
         origin = self.folder.facts().get("from")
         if found is None and origin is not None:
             self._begin_with(origin)
@@ -147,14 +136,19 @@ class Session:
         fault_point("restore.middle", found.step)
         if self.ranks.first:
             self.folder.event("resume", f"resumed from {found.path.name}", step=found.step)
-        if found.facts["data"]["fingerprint"] != self.dataset.manifest.fingerprint:
-            # only a branch can have other data: a run's own was compared before
-            return Place(found.step, 0, fresh.weights, [])
-        weights = [(int(row), dict(w)) for row, w in found.facts["data"]["weights"]]
-        if weights[-1][1] != self._weights():
-            weights.append((found.facts["data"]["rows"], self._weights()))
-        skips = [(int(at), int(count)) for at, count in found.facts["data"]["skips"]]
-        return Place(found.step, found.facts["data"]["rows"], weights, skips)
+        if own is not None and sources_of(found.facts) != set(self.sources):
+            raise ConfigError(
+                f"{self.folder.name} was trained on {_listed(sources_of(found.facts))} and data.sources are"
+                f" {_listed(self.sources)}; go on with the old ones, or begin a branch with --from and another run.name"
+            )
+        if reads_on(found.facts, self.dataset.manifest.fingerprint, self._weights()):
+            return place_of(found.facts, self._weights())
+        if self.ranks.first:
+            told = (
+                f"other shards or sources than {found.path} was trained on: {_listed(self.sources)} from the beginning"
+            )
+            self.folder.event("data", told, step=found.step)
+        return beginning(found.step, self._weights())
 
     def _branch_point(self) -> Checkpoint | None:
         """The checkpoint of another run that this one branches from, if it does."""
@@ -246,6 +240,7 @@ class Session:
             window=self.config.data.window,
             changes=changes,
             skips=place.skips,
+            names=self.sources,
         )
 
     def _facts(self, place: Place) -> dict[str, Any]:
@@ -392,3 +387,7 @@ def _bare_engine(
 
 def _cuda_memory() -> float:
     return torch.cuda.max_memory_allocated() / 2**20
+
+
+def _listed(sources: Iterable[str]) -> str:
+    return ", ".join(sorted(sources))

@@ -53,6 +53,8 @@ class Snapshot:
     def take(self, fragments: list[Fragment]) -> None:
         """Copy the state; it is safe to train on when this returns. Fragments must be those it was made for."""
         assert [tensor_key(f) for f in fragments] == self._keys, "a rank owns the same fragments for a whole run"
+        if not self._keys:  # of a small model on many ranks not every one owns a part
+            return
         torch._foreach_copy_(self._views, [f.tensor for f in fragments], non_blocking=self._pinned)
         if self._pinned:
             torch.cuda.synchronize()

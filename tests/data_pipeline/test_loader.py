@@ -48,6 +48,22 @@ def content(batch):
     return [getattr(batch, n) for n in ("tokens_BT", "targets_BT", "doc_BT", "pos_BT", "source_B")]
 
 
+def test_after_a_change_of_the_batch_it_goes_on_with_the_next_row(corpus):
+    loader = loader_of(corpus, batch_rows=12)
+    loader.seek(40)  # five batches of 8
+    taken = [loader.next() for _ in range(3)]
+    assert loader.last_rows() == (64, 76)
+    loader.seek(64)
+    again = loader.next()
+    loader.close()
+    straight = loader_of(corpus, batch_rows=4)
+    expected = [batch for step in straight.steps(10, 9) for batch in step]
+    assert len(expected) == 9
+    for batch, other in zip([b for step in taken for b in step], expected):
+        assert all(np.array_equal(a, b) for a, b in zip(content(batch), content(other)))
+    assert all(np.array_equal(a, b) for a, b in zip(content(again[0]), content(taken[2][0])))
+
+
 def test_targets_documents_and_positions_are_those_of_the_text(corpus):
     _, _, documents = corpus
     loader = loader_of(corpus)

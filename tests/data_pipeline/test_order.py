@@ -172,3 +172,22 @@ def test_a_million_shards_are_no_burden():
     source.window, source.epoch_rows = 1000, 10**9
     rows = order.rows(10**9 - 5, 10)
     assert len(set(places(rows))) == 10
+
+
+def test_labels_may_have_another_order_than_rows_are_dealt_in():
+    manifest, weights = manifest_of(a=[101, 301, 57], b=[500], c=[300]), {"a": 2.0, "b": 1.0, "c": 3.0}
+    plain = order_of(manifest, weights=weights, window=1)
+    turned = order_of(manifest, weights=weights, window=1, names=["c", "a", "b"])
+    rows, same = plain.rows(0, 500), turned.rows(0, 500)
+    assert np.array_equal(rows.shard, same.shard)
+    assert np.array_equal(rows.start, same.start)
+    assert [plain.names[s] for s in rows.source] == [turned.names[s] for s in same.source]
+    assert turned.counts(500) == [plain.counts(500)[n] for n in (2, 0, 1)]
+    assert [turned.epoch_rows(n) for n in range(3)] == [plain.epoch_rows(n) for n in (2, 0, 1)]
+    assert turned.shards_ahead(77) == plain.shards_ahead(77)
+
+
+@pytest.mark.parametrize("more", [{"names": ["a"]}, {"changes": [(5, {"a": 1.0})]}])
+def test_sources_that_come_or_go_in_the_middle_are_refused(more):
+    with pytest.raises(ConfigError, match=r"rows are dealt to a, b[, ]"):
+        order_of(manifest_of(a=[101], b=[500]), **more)

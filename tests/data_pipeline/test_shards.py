@@ -46,6 +46,19 @@ def read(shard: Shard) -> np.ndarray:
     return out
 
 
+def test_a_document_that_was_come_by_costs_four_bytes_of_memory(tmp_path: Path) -> None:
+    shard = Shard(tmp_path / "s.tar", write(tmp_path / "s.tar", documents(0, 5000, 3)))
+    ends = shard.ends()
+    for start in range(0, shard.tokens - 1, 50):
+        stop = min(start + 51, shard.tokens)
+        found = shard.boundaries(start, stop)
+        assert found.dtype == np.int64
+        assert found.tolist() == [end for end in ends[:, 0].tolist() if start < end < stop]
+    assert sum(held.nbytes for held in shard._ends) == 4 * 5000
+    assert ends[:, 1].tolist() == (3 * ends[:, 0]).tolist()
+    assert np.array_equal(shard.ends(), ends)
+
+
 def test_a_shard_gives_back_what_was_written(tmp_path: Path) -> None:
     content = documents(0, 200, 300)
     info = write(tmp_path / "a.tar", content)

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs.errors import DONE, ConfigError, DataError
+from configs.errors import DONE, ConfigError, DataError, UsageError
 from configs.load import load
 from launcher.prepare import prepare
 from pretrain.checkpoint_files import newest_readable, open_files
 from pretrain.config import RunConfig
+from pretrain.explain import explain
 from pretrain.health import Heartbeat
 from pretrain.run_folder import RunFolder
 from pretrain.session import Session
@@ -28,7 +29,7 @@ def config(tmp_path: Path, shards: Path, corpus: Path) -> Path:
     return small_config(tmp_path, shards, corpus)
 
 
-def train(config: Path, *words: str, branch: Sequence[str] = (), allow: tuple[str, ...] = ()) -> RunFolder:
+def train(config: Path, *words: str, branch: Sequence[str] = (), allow: Sequence[str] = ()) -> RunFolder:
     """What the verb `train` does, within this process."""
     prepared = prepare([config], ["engine.name=torch", *words], ranks=1, branch=branch, allow=allow)
     session = Session(prepared.folder, prepared.config, Heartbeat(None))
@@ -90,6 +91,81 @@ def test_a_branch_may_be_trained_otherwise_from_there_on(config):
     rows = [newest_readable(run).facts["data"]["weights"] for run in (origin, again)]
     assert rows[1][: len(rows[0])] == rows[0]
     assert rows[1][1:] == [[80, {"letters": 1.0, "lists": 50.0}]]
+
+
+def with_sources(config: Path, shards: Path, corpus: Path, *names: str) -> Path:
+    """The same configuration with these of the shards' sources, in this order."""
+    path = config.parent / f"{'-'.join(names)}.yaml"
+    text = config.read_text()
+    lines = [line for line in text.splitlines() if not line.strip().startswith(("letters:", "lists:"))]
+    at = next(number for number, line in enumerate(lines) if line.strip() == "sources:") + 1
+    told = [f"    {name}: {{path: {corpus / name}}}" for name in names]
+    path.write_text("\n".join([*lines[:at], *told, *lines[at:]]) + "\n")
+    return path
+
+
+def rows_by_source(folder: RunFolder, first: int, last: int) -> set[str]:
+    return {row.source for step in range(first, last + 1) for row in explain(folder, step).rows}
+
+
+def test_a_branch_with_more_or_fewer_sources_reads_all_of_them_and_says_so(config, shards, corpus):
+    both = train_small(config)
+    fewer = train(with_sources(config, shards, corpus, "lists"), "run.name=fewer", branch=["small@10"])
+    assert newest_readable(fewer).facts["data"]["rows"] == 8 * 2
+    assert rows_by_source(fewer, 11, 12) == {"lists"}
+    (told,) = events(fewer, "data")
+    assert told.endswith("lists from the beginning")
+    more = train(config, "run.name=more", "train.steps=16", branch=["fewer@12"])
+    assert rows_by_source(more, 13, 16) == {"letters", "lists"}
+    assert set(more.steps()[16]["source_loss"]) == {"letters", "lists"}
+    assert not events(both, "data")
+
+
+def test_a_run_that_goes_on_with_its_sources_in_another_order_is_the_same_run(config, shards, corpus):
+    undisturbed = train_small(config)
+    train(config, "run.name=turned", "train.steps=5")
+    run = train(with_sources(config, shards, corpus, "lists", "letters"), "run.name=turned", f"train.steps={STEPS}")
+    assert [{k: row[k] for k in ("loss", "source_loss")} for row in run.steps().values()] == [
+        {k: row[k] for k in ("loss", "source_loss")} for row in undisturbed.steps().values()
+    ]
+    assert final_state(run)[1] == final_state(undisturbed)[1]
+
+
+def test_a_run_does_not_go_on_with_other_sources(config, shards, corpus):
+    train_small(config, "train.steps=5")
+    fewer = with_sources(config, shards, corpus, "lists")
+    allow = [f"data.sources.letters.{key}" for key in ("path", "field", "separator", "limit_mib")]
+    with pytest.raises(
+        ConfigError, match=r"small was trained on letters, lists and data\.sources are lists; go on with"
+    ):
+        train(fewer, "run.name=small", allow=allow)
+
+
+def test_after_a_change_of_the_batch_no_row_is_read_twice_and_documents_are_named_right(config):
+    words = ("data.sources.lists.weight=3",)
+    small = train(config, "run.name=it", "train.steps=5", *words)
+    read = [row.number for step in range(1, 6) for row in explain(small, step).rows]
+    run = train(config, "run.name=it", "train.steps=8", "train.batch_rows=12", *words, allow=["train.batch_rows"])
+    assert newest_readable(run).facts["data"]["rows"] == 5 * 8 + 3 * 12
+    read += [row.number for step in range(6, 9) for row in explain(run, step).rows]
+    assert read == list(range(76))
+    with pytest.raises(
+        UsageError, match=r"it went on after step 5 with another train\.batch_rows .*; ask for a later step"
+    ):
+        explain(run, 5)
+
+
+def test_a_branch_that_would_train_nothing_is_refused(config):
+    origin = train_small(config)
+    for steps in (8, 10):
+        with pytest.raises(
+            ConfigError, match=rf"begins at step 10 and ends at step {steps}, so it would train nothing"
+        ):
+            prepare([config], ["run.name=other", f"train.steps={steps}"], ranks=1, branch=["small@10"], allow=[])
+    assert not (origin.path.parent / "other").exists()
+    train(config, "run.name=other", "train.steps=11", branch=["small@10"])
+    # to give the command of a finished run again is no mistake
+    assert sorted(losses(train(config, "run.name=other", "train.steps=11", branch=["small@10"]))) == [11]
 
 
 def test_a_branch_without_a_step_begins_at_the_newest_and_stays_with_it(config):
@@ -187,4 +263,4 @@ def test_a_branch_may_freeze_a_model_and_train_a_part_that_it_did_not_have(confi
 def test_a_branch_of_another_shape_whose_backbone_is_not_frozen_is_refused(config, words):
     train_small(config)
     with pytest.raises(ConfigError, match=r"the model does not fit .*; resume with the model it was trained with"):
-        train(config, "run.name=other", *words, branch=["small"])
+        train(config, "run.name=other", "train.steps=16", *words, branch=["small"])

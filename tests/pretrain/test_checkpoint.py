@@ -217,6 +217,19 @@ def test_all_ranks_files_make_one_checkpoint_and_a_missing_one_makes_none(folder
     assert not list(folder.checkpoints.glob("*.draft*"))
 
 
+def test_a_rank_that_owns_nothing_saves_an_empty_file(folder):
+    stores = [CheckpointStore(folder, rank(number, 2), CheckpointConfig()) for number in range(2)]
+    for store, state in zip(stores, (state_of(), EngineState([], {}, 3))):
+        assert store.save(10, state, {"data": {"rows": 80}})
+    for store in stores:
+        store.wait()
+    found = newest_readable(folder)
+    assert verify(found.path) is None
+    for number, world in ((0, 1), (1, 2)):
+        files = open_files(found, number, world)
+        assert torch.equal(files.read("b", "param", 0, 7), state_of().fragments[4].tensor)
+
+
 def test_when_another_rank_could_not_write_rank_0_does_not_wait_for_it(folder):
     store = CheckpointStore(folder, rank(0, 2), CheckpointConfig())
     threading.Timer(0.2, store.tell_failed).start()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from configs.errors import DataError, UsageError
-from data_pipeline.tokenizer import ByteTokenizer
+from data_pipeline.tokenizer import ByteTokenizer, make
 from launcher.texts import write_text
 from pretrain.config import ModelConfig
 from pretrain.generate import Sampling, choose, generate
@@ -18,6 +18,7 @@ from pretrain.models.build import build
 from pretrain.run_folder import RunFolder
 from pretrain.trained import Trained, load_trained
 from tests.conftest import leviathan
+from tests.data_pipeline.test_tokenizer import foreign
 from tests.small_run import small_config, train_small
 
 GREEDY = Sampling(temperature=0)
@@ -165,3 +166,13 @@ def test_no_tokens_and_no_such_checkpoint_are_sentences(run):
         write_text(str(run.path), PROMPT, step=None, tokens=0, sampling=GREEDY)
     with pytest.raises(DataError, match="has no checkpoint of step 7; there is 12, 10, 5"):
         write_text(str(run.path), PROMPT, step=7, tokens=1, sampling=GREEDY)
+
+
+def test_a_tokenizer_that_knows_no_line_end_begins_a_text_all_the_same(trained, tmp_path):
+    (tmp_path / "mine.model").write_bytes(foreign())
+    tokenizer = make(str(tmp_path / "mine.model"), [])
+    assert not len(tokenizer.encode("\n")), "or there is nothing to see here"
+    for prompt in ("", "  "):
+        assert list(generate(trained.model, tokenizer, prompt, tokens=3, sampling=GREEDY))
+    with pytest.raises(UsageError, match=r"leaves nothing of the prompt .*; give one with a letter"):
+        list(generate(trained.model, tokenizer, "\u200b", tokens=3, sampling=GREEDY))
