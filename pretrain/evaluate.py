@@ -21,6 +21,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.order import permute
 from pretrain.model import LossParts
 from pretrain.parallel import Ranks, sum_over_ranks
+from pretrain.run_folder import RunFolder, read_lines
 
 _SPREAD = b"held-out rows, spread evenly....."[:32]
 
@@ -128,6 +129,12 @@ def evaluate(
     record = {"time": time.time(), **_figures(*sums.sum(0).tolist()), "sources": named, "by_position": by_position}
     tree = _tree(told_by(flat[2].tolist()) if len(flat[2]) else {})
     return record | ({"model": tree} if tree else {})
+
+
+def lacks_evaluation(folder: RunFolder, step: int, stop: int, every: int) -> bool:
+    """Whether a run saved a step that it was to evaluate and did not: it ended in between, or was asked to leave."""
+    due = every and step in folder.committed_steps() and (step % every == 0 or step == stop)
+    return bool(due) and all(record["step"] != step for record in read_lines(folder.evals))
 
 
 def _tree(flat: dict[str, float]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from pretrain.config import RunConfig, micro_rows, total_steps
 from pretrain.cost import cost_of, peak_flops
 from pretrain.engine import Engine, TorchEngine
 from pretrain.ensemble.combine import begin_from_seed, join
-from pretrain.evaluate import HeldOut, evaluate
+from pretrain.evaluate import HeldOut, evaluate, lacks_evaluation
 from pretrain.faults import fault_point
 from pretrain.grown import Grown, new_part
 from pretrain.health import Heartbeat, StopRequests
@@ -36,7 +36,7 @@ from pretrain.model import Model
 from pretrain.models.build import build
 from pretrain.ops.expert_parallel import shard_experts
 from pretrain.optim import lr_scale
-from pretrain.parallel import Ranks, finish
+from pretrain.parallel import Ranks, finish, same_on_all_ranks
 from pretrain.place import Place, beginning, place_of, reads_on, sources_of
 from pretrain.run_folder import Record, RunFolder, counted
 from pretrain.trainer import Plan, train
@@ -88,9 +88,11 @@ class Session:
             pin=self.device.type == "cuda",
         )
         self.loader.seek(place.rows)
+        lacks = lacks_evaluation(self.folder, place.step, steps, config.eval.every)
         plan = Plan(
-            place.step, steps, config.checkpoint.every, config.eval.every, config.train.max_skips, config.optim.lr
-        )
+            place.step, steps, config.checkpoint.every, config.eval.every, config.train.max_skips, config.optim.lr,
+            make_up=same_on_all_ranks([int(lacks)]) == [1],
+        )  # fmt: skip
         self._tell_start(place, steps)
         code = train(
             self.engine,

@@ -19,7 +19,10 @@ from pretrain.run_folder import Record
 
 @dataclass(frozen=True)
 class Plan:
-    """From how many steps done to how many, and what happens how often; `eval_every` 0 is never."""
+    """From how many steps done to how many, and what happens how often; `eval_every` 0 is never.
+
+    make_up: evaluate before the first step what an earlier start saved and did not live to evaluate.
+    """
 
     start: int
     stop: int
@@ -27,6 +30,7 @@ class Plan:
     eval_every: int
     max_skips: int
     highest_lr: float
+    make_up: bool = False
 
 
 def train(
@@ -47,6 +51,9 @@ def train(
     evaluate: the held-out loss after so many steps. facts: what a checkpoint tells besides the engine's state.
     """
     judge = SkipJudge(plan.max_skips)
+    if plan.make_up:
+        heartbeat.at("evaluate", plan.start)
+        log.evaluation(evaluate(plan.start))
     for step in range(plan.start, plan.stop):
         done = step + 1
         heartbeat.at("data", done)

@@ -9,8 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs.errors import DONE, INTERRUPTED, PREEMPTED, CannotGoOnError
+from launcher.prepare import prepare
 from pretrain.checkpoint_files import newest_readable
 from pretrain.engine import StepResult
+from pretrain.health import Heartbeat
+from pretrain.run_folder import read_lines
+from pretrain.session import Session
 from pretrain.trainer import Plan, train
 from tests.conftest import events, losses
 from tests.small_run import small_config, train_small
@@ -35,11 +39,11 @@ class Parts:
         self.disk, self.saving = "works", None
         """What becomes of saves, and the one under way: its step and what becomes of it once somebody waits."""
 
-    def run(self, start=0, stop=10, save_every=100, eval_every=0, max_skips=2):
+    def run(self, start=0, stop=10, save_every=100, eval_every=0, max_skips=2, make_up=False):
         self.done = start
         log = SimpleNamespace(step=self.line, evaluation=self.evaluation, event=self.event)
         return train(
-            self, self, self, log, Plan(start, stop, save_every, eval_every, max_skips, highest_lr=0.5),
+            self, self, self, log, Plan(start, stop, save_every, eval_every, max_skips, 0.5, make_up),
             lr_scale=lambda step: 1 / (step + 1), evaluate=self.evaluate, facts=lambda: {"done": self.done},
             requests=self, heartbeat=self,
         )  # fmt: skip
@@ -123,6 +127,14 @@ def test_a_run_is_its_steps_in_order_each_with_its_rate_and_its_line():
     assert parts.run(3, 7) == DONE
     assert parts.of("step") == [(step, 1 / (step + 1)) for step in range(3, 7)]
     assert parts.of("line") == [(done, 0.5 / done) for done in range(4, 8)]
+
+
+@pytest.mark.parametrize("stop", [8, 10])
+def test_an_evaluation_that_an_earlier_start_did_not_come_to_is_made_up_before_the_first_step(stop):
+    parts = Parts()
+    assert parts.run(8, stop, eval_every=4, make_up=True) == DONE
+    assert parts.told[:3] == [("at", "evaluate", 8), ("evaluate", 8), ("evaluation", 8)]
+    assert [step for step, _ in parts.of("step")] == list(range(8, stop))
 
 
 @given(start=st.integers(0, 20), steps=st.integers(0, 20), save_every=st.integers(1, 25), eval_every=st.integers(0, 25))
@@ -266,3 +278,30 @@ def test_a_run_that_is_extended_goes_on_as_if_it_had_never_ended(shards, corpus,
     assert losses(parts) == losses(whole)
     files = [[note["sha256"] for note in newest_readable(run).facts["files"]] for run in (parts, whole)]
     assert files[0] == files[1], "weights and moments are the same to the bit"
+
+
+def test_a_run_that_was_asked_to_leave_where_it_evaluates_has_every_figure_in_the_end(tmp_path, shards, corpus):
+    config = small_config(tmp_path, shards, corpus)
+    words = ("eval.every=4", "checkpoint.every=4")
+    undisturbed = train_small(config, "run.name=undisturbed", *words)
+    for stop in (4, 12):
+        assert _train_until(config, stop, "run.name=it", *words) == PREEMPTED
+    run = train_small(config, "run.name=it", *words)
+    told = [
+        [{key: record[key] for key in ("step", "loss")} for record in read_lines(each.evals)]
+        for each in (undisturbed, run)
+    ]
+    assert [record["step"] for record in told[0]] == [4, 8, 12]
+    assert told[1] == told[0]
+    again = train_small(config, "run.name=it", *words)
+    assert len(list(read_lines(again.evals))) == 3, "what is there is not made again"
+
+
+def _train_until(config, step, *words):
+    """The exit code of a run that is asked to leave in a step."""
+    prepared = prepare([config], ["engine.name=torch", *words], ranks=1, branch=(), allow=[])
+    session = Session(prepared.folder, prepared.config, Heartbeat(None))
+    asked = SimpleNamespace(poll=lambda: (session.loader.rows_consumed >= ROWS * step, False))
+    code = session.train(asked)
+    session.close()
+    return code
