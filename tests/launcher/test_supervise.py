@@ -113,18 +113,21 @@ class Patient(LocalTeam):
         return 3.0 if number == signal.SIGUSR1 else super().patience(number)
 
 
-SAVES = "import signal, sys, time; signal.signal({asked}, lambda *_: (time.sleep(1.2), sys.exit(75))); time.sleep(60)"
+SAVES = """
+import signal, sys, time
+signal.signal({asked}, lambda *_: (time.sleep(1.2), sys.exit(75)))
+print("listens", flush=True)
+time.sleep(60)
+"""
 
 
 @pytest.mark.parametrize(("asked", "saved"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
-def test_ranks_have_as_long_to_save_as_their_team_says(tmp_path, monkeypatch, asked, saved):
+def test_ranks_have_as_long_to_save_as_their_team_says(tmp_path, asked, saved):
     folder = RunFolder(tmp_path / "run")
     folder.make()
     team = Patient(folder, LaunchConfig(grace_s=0.5))
-    process = subprocess.Popen([sys.executable, "-c", "print(flush=True);" + SAVES.format(asked=int(asked))],
-                               stdout=subprocess.PIPE)  # fmt: skip
+    process = subprocess.Popen([sys.executable, "-c", SAVES.format(asked=int(asked))], stdout=subprocess.PIPE)
     process.stdout.readline()
-    time.sleep(0.2)
     team._ranks.append(_Rank(0, process))
     team._heartbeats = tmp_path
     supervisor = Supervisor(team)
