@@ -131,6 +131,7 @@ class _Driver:
             while (code := driver.ended(self.asked)) is None:
                 cluster.check()
                 if time.monotonic() > self._until:
+                    driver.kill()  # or it might ask the ranks once more, below
                     return self._give_up(folder)
                 time.sleep(_POLL_S)
         finally:
