@@ -28,8 +28,13 @@ def main() -> int:
     module.add_options(parser)
     table = module.run(parser.parse_args(sys.argv[2:]))
     words = [name, *sys.argv[2:]]
-    key = re.sub(r"\W+", "_", " ".join(word for word in words if "/" not in word)).strip("_")
-    return table.finish(key, f"python -m benchmarks {' '.join(words)}")
+    return table.finish(key_of(words), f"python -m benchmarks {' '.join(words)}")
+
+
+def key_of(words: list[str]) -> str:
+    """What a benchmark's results are kept under: its words, but for where a file lies."""
+    told = re.sub(r"--file[= ]\S+", "", " ".join(words))
+    return re.sub(r"\W+", "_", told).strip("_")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -28,12 +29,27 @@ class Interval:
         return f"{self.median:.4g} [{self.low:.4g}, {self.high:.4g}] n={self.count}"
 
 
+FEWEST = 6
+"""Of fewer values not even the least and the greatest enclose the median in 95 of 100 samples."""
+
+
 def interval(values: Sequence[float]) -> Interval:
-    """The median of `values`, and the ranks between which it lies in 95 of 100 samples of this size."""
+    """The median of `values`, and those of them between which it lies in 95 of 100 samples of this size, or more."""
     ordered, n = sorted(values), len(values)
-    half = 0.98 * n**0.5  # normal approximation of the binomial, 1.96 * sqrt(n) / 2
-    low, high = max(0, int(n / 2 - half)), min(n - 1, int(n / 2 + half))
-    return Interval(statistics.median(ordered), ordered[low], ordered[high], n)
+    out = left_out(n)
+    return Interval(statistics.median(ordered), ordered[out], ordered[n - 1 - out], n)
+
+
+def left_out(n: int) -> int:
+    """How many of n sorted values may be left out at either end: the median lies beyond the others 1 time in 40."""
+    if n >= 1000:
+        return int(n / 2 - 0.98 * n**0.5) - 1
+    # how many values lie below the median is binomial
+    out, beyond = 0, 2.0**-n
+    while beyond + math.comb(n, out + 1) * 2.0**-n <= 0.025:
+        out += 1
+        beyond += math.comb(n, out) * 2.0**-n
+    return out
 
 
 @dataclass
@@ -60,7 +76,7 @@ class Table:
         print(f"{machine()}\n")
         width = max(len(row["name"]) for row in self.rows)
         for row in self.rows:
-            spread = f" [{row['low']:.4g}, {row['high']:.4g}]" if "low" in row else ""
+            spread = f" [{row['low']:.4g}, {row['high']:.4g}]" if row.get("n", 0) >= FEWEST else ""
             goal = (
                 ""
                 if row["goal"] is None

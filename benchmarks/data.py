@@ -162,7 +162,7 @@ def _main_thread(table: Table, folder: Path, manifest: Manifest) -> None:
         spent.append(1e6 * (time.thread_time() - began))
     loader.close()
     total = sum(spent[100:]) / len(spent[100:])
-    table.add("main thread, mean per (8, 1025) batch", total, "us", goal=50.0, spread=interval(spent[100:]))
+    table.add("main thread, mean per (8, 1025) batch", total, "us", goal=50.0)
 
 
 def _resume(table: Table, folder: Path, manifest: Manifest) -> None:

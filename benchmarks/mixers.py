@@ -115,6 +115,8 @@ def run(options: argparse.Namespace) -> Table:
     shape, lr, target = SHAPES[options.size]
     arms = OWN_ARMS.get(options.size, ARMS)
     chosen = {name: arm for name, arm in arms.items() if options.only in (None, name)}
+    if not chosen:
+        sys.exit(f"--only {options.only!r} is no arm of --size {options.size}; choose one of {', '.join(arms)}")
     table = Table(f"tinyshakespeare, 65 symbols, {_said(shape)}, {options.steps} steps: held-out nats a symbol")
     optim = OPTIM.model_copy(update={"lr": lr})
     with opened(options.file) as dataset:

@@ -17,7 +17,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "balanced by a loss": {},
     "balanced by biases": {"balance": "bias"},
     "means of 4 tokens decide": {"corr_router": 4},
-    "1 of 4 shared": {"experts": 4, "top_k": 1, "shared": 1},
+    "1 of 4, and 1 more for all": {"experts": 4, "top_k": 1, "shared": 1},
 }
 
 

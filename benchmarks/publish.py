@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS
+from benchmarks.common import FEWEST, RESULTS
 from launcher.tables import ROOT, filled, markdown
 
 PAGE = ROOT / "docs/BENCHMARKS.md"
@@ -21,10 +21,10 @@ KEPT = ROOT / "docs/benchmarks.jsonl"
 Records = dict[str, dict[str, Any]]
 
 
-def read(path: Path) -> Records:
-    """The newest record of each key in a file of results."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {record["key"]: record for record in map(json.loads, lines)}
+def read(*paths: Path) -> Records:
+    """The newest record of each key in files of results."""
+    lines = [line for path in paths if path.exists() for line in path.read_text().splitlines()]
+    return {record["key"]: record for record in sorted(map(json.loads, lines), key=lambda record: record["time"])}
 
 
 def tables(records: Records) -> Mapping[str, Any]:
@@ -36,7 +36,7 @@ def table(record: Mapping[str, Any]) -> str:
     """One benchmark's command, machine and figures."""
     rows = []
     for row in record["rows"]:
-        spread = f"{row['low']:.4g} – {row['high']:.4g} (n={row['n']})" if "low" in row else ""
+        spread = f"{row['low']:.4g} – {row['high']:.4g} (n={row['n']})" if row.get("n", 0) >= FEWEST else ""
         goal = "" if row["goal"] is None else f"{row['sense']} {row['goal']:g}: {'met' if row['met'] else 'MISSED'}"
         rows.append([" ".join(filter(None, (row["name"], row["note"]))), f"{row['value']:.4g} {row['unit']}".strip(),
                      spread, goal])  # fmt: skip
@@ -47,7 +47,10 @@ def table(record: Mapping[str, Any]) -> str:
 def main() -> int:
     """Take over what results.jsonl has of the tables that the page shows, and write it anew."""
     page = PAGE.read_text()
-    records = {key: r for key, r in (read(KEPT) | read(RESULTS)).items() if f"<!-- table: {key} -->" in page}
+    found = read(KEPT, RESULTS)
+    records = {key: record for key, record in found.items() if f"<!-- table: {key} -->" in page}
+    for key in found.keys() - records.keys():
+        print(f"{PAGE.name} has no place for {key}: put <!-- table: {key} --> and <!-- end --> there", file=sys.stderr)
     KEPT.write_text("".join(json.dumps(records[key]) + "\n" for key in sorted(records)))
     PAGE.write_text(filled(page, tables(records)))
     return 0

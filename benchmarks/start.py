@@ -21,6 +21,16 @@ train: {{steps: 1, batch_rows: 8}}
 engine: {{device: cpu, threads: 1}}
 log: {{peak_tflops: 0.05}}
 """
+_BARE, _PLAIN = "import torch and one bare step", "leviathan train, one rank, one step: plain torch"
+_BARE_STEP = """
+import torch
+torch.set_num_threads(1)
+model = torch.nn.Sequential(torch.nn.Embedding(257, 16), torch.nn.Linear(16, 16), torch.nn.Linear(16, 257))
+optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+ids = torch.randint(0, 257, (8, 32))
+torch.nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+optimizer.step()
+"""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -47,8 +57,8 @@ class _Arm:
 
 
 def _arms(config: Path) -> dict[str, _Arm]:
-    def python(code: str) -> _Arm:
-        return _Arm([sys.executable, "-c", code])
+    def python(code: str, goal: float | None = None) -> _Arm:
+        return _Arm([sys.executable, "-c", code], goal)
 
     def train(*words: str) -> _Arm:
         return _Arm([sys.executable, "-m", "launcher", "train", str(config), "--ranks", "1", *words], new_run=True)
@@ -56,13 +66,14 @@ def _arms(config: Path) -> dict[str, _Arm]:
     return {
         "leviathan --help": _Arm([sys.executable, "-m", "launcher", "--help"], goal=0.5),
         "import configs, data_pipeline, pretrain, launcher": python(
-            "import configs, data_pipeline, pretrain, launcher"
+            "import configs, data_pipeline, pretrain, launcher", goal=0.1
         ),
         "import torch": python("import torch"),
+        _BARE: python(_BARE_STEP),
         "import pretrain.session (a rank, before DeepSpeed)": python("import pretrain.session"),
         "leviathan train, one rank, one step: DeepSpeed, ZeRO-1": train("engine.zero=1"),
         "leviathan train, one rank, one step: DeepSpeed, ZeRO-3": train("engine.zero=3"),
-        "leviathan train, one rank, one step: plain torch": train("engine.name=torch"),
+        _PLAIN: train("engine.name=torch"),
     }
 
 
@@ -78,6 +89,8 @@ def _table(config: Path, rounds: int) -> Table:
     for name, arm in arms.items():
         spread = interval(seconds[name])
         table.add(name, spread.median, "CPU s", goal=arm.goal, spread=spread)
+    spread = interval([ours / bare for ours, bare in zip(seconds[_PLAIN], seconds[_BARE])])
+    table.add("one step and its checkpoint, plain torch / the bare step", spread.median, "x", goal=1.5, spread=spread)
     table.add("torch imported by leviathan --help", float(_imports_torch()), "", goal=0.0)
     return table
 

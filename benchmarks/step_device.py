@@ -18,8 +18,9 @@ from pretrain.models.build import build
 
 
 def run_device(options: argparse.Namespace) -> Table:
-    """Measure both presets that are told in the documentation, or the one asked for."""
-    sizes = [options.size] if options.size != "tiny" or options.device == "cpu" else ["154m", "1b"]
+    """Measure the size asked for; on a GPU, where none was, those of 154 million and of a billion parameters."""
+    default = ["tiny"] if options.device == "cpu" else ["154m", "1b"]
+    sizes = default if options.size is None else [options.size]
     table = Table(f"training step on {options.device}, {options.mixer}, bf16, DeepSpeed ZeRO-1, one device, wall time")
     for size in sizes:
         for compiled in (False, True) if options.compile else (False,):

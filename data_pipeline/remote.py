@@ -89,8 +89,15 @@ class ShardCache:
         return path
 
     def expect(self, infos: list[ShardInfo]) -> None:
-        """Fetch these in the background, in this order; what goes wrong is told when they are located."""
-        for info in infos:
+        """Fetch these in the background, in the order of need, as far as they fit together.
+
+        What goes wrong is told when they are located.
+        """
+        room = self._limit
+        for info in dict.fromkeys(infos):
+            if info.bytes > room:
+                continue  # it would push out what is needed before it
+            room -= info.bytes
             if info.name not in self._expected:
                 self._expected.add(info.name)
                 self._wanted.put(info)

@@ -269,7 +269,10 @@ def queue_again(folder: RunFolder, launch: LaunchConfig, job: str) -> int:
         )
         folder.event("stop", f"stopped: {cause}", code=PREEMPTED, step=step)
         return PREEMPTED
-    time.sleep(_QUEUE_S)  # Slurm ends this job meanwhile: to leave first would look like its own end
+    # Slurm ends this job meanwhile: to leave first would look like its own end. All is done here, and who still took
+    # its TERM for a request to save would be waited for until its KILL
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(_QUEUE_S)
     return PREEMPTED
 
 

@@ -29,13 +29,13 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, layout: Layout, state: State = None) -> tuple[Tensor, State, Aux | None]:
         of_mixer, of_channel = (None, None) if state is None else state
         y_BTD, of_mixer = self.mixer(self.norm1(x_BTD), layout, of_mixer)
-        x_BTD, aux = x_BTD + self._drop(y_BTD), None
+        x_BTD, aux = x_BTD + dropped(y_BTD, self.dropout, self.training), None
         if state is None:
             y_BTD, aux = self.channel(self.norm2(x_BTD), layout)
         else:
             y_BTD, of_channel = self.channel.stream(self.norm2(x_BTD), layout, of_channel)
             state = of_mixer, of_channel
-        return x_BTD + self._drop(y_BTD), state, aux
+        return x_BTD + dropped(y_BTD, self.dropout, self.training), state, aux
 
     def initial_state(self, rows: int, like: Tensor) -> State:
         """The states of both mixers before the first token of `rows` streams."""
@@ -49,8 +49,10 @@ class Block(nn.Module):
         """Operations of a forward pass per token of a row of `length`."""
         return self.mixer.flops_per_token(length) + self.channel.flops_per_token()
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout) if self.dropout and self.training else x
+
+def dropped(x: Tensor, share: float, training: bool) -> Tensor:
+    """In training a share of `x` is set to 0, and the rest made larger for it."""
+    return F.dropout(x, share) if share and training else x
 
 
 def site_of(config: ModelConfig, layer: int) -> Site:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from configs.errors import ConfigError
 from pretrain.layout import Layout
 from pretrain.mixer import ParamGroup, Site, State
 from pretrain.registry import Registry
@@ -38,6 +39,13 @@ class Teller(nn.Module):
 
     def settle(self, measures: Sequence[float]) -> None:
         """Told after every update the measures of the global batch, to adapt what is not trained by gradients."""
+
+
+def hidden_width(mult: float, width: int, name: str = "mult") -> int:
+    """Units of a hidden layer of `mult` times the width. Raises ConfigError where that is less than one."""
+    if round(mult * width) < 1:
+        raise ConfigError(f"{name} {mult:g} of a width of {width} leaves no hidden unit; make {name} larger")
+    return round(mult * width)
 
 
 class AsExpert(NamedTuple):

@@ -202,6 +202,11 @@ class RunConfig(Config):
         if shared > 1 and self.engine.zero == 0 and self.engine.precision == "bf16":
             # there DeepSpeed 0.19 leaves experts' gradients out of the norm
             raise ValueError(f"engine.expert_parallel {shared} in bf16 needs engine.zero 1 or 2; set engine.zero=1")
+        if shared > 1 and self.model.logits.freeze_backbone:
+            raise ValueError(
+                f"engine.expert_parallel {shared} trains experts, which model.logits.freeze_backbone freezes; set one"
+                " or the other"
+            )
         if self.optim.name == "muon" and self.engine.name == "deepspeed" and self.engine.zero:
             # ZeRO 1 to 3 give the optimizer flat pieces of parameters; Muon needs whole matrices
             raise ValueError(f"optim.name muon does not work with engine.zero {self.engine.zero}; set engine.zero=0")
@@ -210,11 +215,16 @@ class RunConfig(Config):
         return self
 
 
+def tokens_per_step(config: RunConfig) -> int:
+    """Tokens of a global batch."""
+    return config.train.batch_rows * config.model.length
+
+
 def total_steps(config: RunConfig) -> int:
     """Steps of the whole run: stated, or enough for the stated tokens."""
     if config.train.tokens is None:
         return config.train.steps
-    return -(-config.train.tokens // (config.train.batch_rows * config.model.length))
+    return -(-config.train.tokens // tokens_per_step(config))
 
 
 def micro_rows(config: RunConfig, world: int) -> int:

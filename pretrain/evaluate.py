@@ -53,22 +53,23 @@ class HeldOut:
             self.rows += rows
 
     def batches(self, ranks: Ranks, batch_rows: int) -> Iterator[Batch]:
-        """This rank's batches. Every rank has equally many, of equal shape: what one lacks is filled up uncounted."""
+        """This rank's batches. Every rank has equally many; one that has no rows left has a row that does not count."""
         per_round = batch_rows * ranks.world
         for at in range(0, len(self.rows), per_round):
             mine = self.rows[at + ranks.rank * batch_rows : at + (ranks.rank + 1) * batch_rows]
-            yield self._batch(mine, batch_rows)
+            yield self._batch(mine)
 
-    def _batch(self, rows: list[HeldOutRow], batch_rows: int) -> Batch:
-        tokens = np.zeros((batch_rows, self.length + 1), dtype=np.int64)
-        boundaries, source = [_NONE] * batch_rows, np.zeros(batch_rows, dtype=np.int64)
+    def _batch(self, rows: list[HeldOutRow]) -> Batch:
+        count = max(1, len(rows))
+        tokens = np.zeros((count, self.length + 1), dtype=np.int64)
+        boundaries, source = [_NONE] * count, np.zeros(count, dtype=np.int64)
         for i, row in enumerate(rows):
             shard, stop = self._shards[row.shard], row.start + row.tokens
             shard.copy(row.start, stop, tokens[i])
             boundaries[i] = shard.boundaries(row.start, stop) - row.start
             source[i] = row.source
         batch = collate(tokens, boundaries, source)
-        for i in range(batch_rows):
+        for i in range(count):
             filled = rows[i].tokens - 1 if i < len(rows) else 0
             batch.targets_BT[i, filled:] = IGNORE
         return batch
@@ -108,10 +109,10 @@ def evaluate(
         alive()
         parts = forward(batch)
         loss_BT = parts.loss_BT.double().cpu()
-        if parts.measures is not None:
-            told = parts.measures.double().cpu()
-            measures = measures + told if len(measures) else told
         counted = batch.targets_BT != IGNORE
+        if parts.measures is not None:
+            told = parts.measures.double().cpu() * bool(counted.any())
+            measures = measures + told if len(measures) else told
         byte_BT = lengths[batch.targets_BT.clamp_min(0)] * counted
         per_row = torch.stack((loss_BT.sum(1), counted.sum(1).double(), byte_BT.sum(1).double()), dim=1)
         sums.index_add_(0, batch.source_B, per_row)

@@ -21,7 +21,7 @@ from data_pipeline.places import public
 from data_pipeline.shards import Shard
 from pretrain.checkpoint_files import read_manifest
 from pretrain.config import RunConfig
-from pretrain.place import Place, beginning, place_of, reads_on
+from pretrain.place import Place, beginning, numbering, place_of, reads_on
 from pretrain.run_folder import RunFolder, step_name
 
 PREVIEW_TOKENS = 64
@@ -142,9 +142,13 @@ def _anchor(folder: RunFolder, config: RunConfig, dataset: Dataset) -> tuple[Pla
         if found is None:
             raise DataError(f"{folder.name} branched from {origin['run']}, which has no checkpoint to tell from where")
         begins_at = found["step"]
-        if not reads_on(found, dataset.manifest.fingerprint, own):
+        if not reads_on(found, numbering(config, dataset.manifest.fingerprint), own):
             return beginning(begins_at, own), begins_at
     return beginning(0, own) if found is None else place_of(found, own), begins_at
+
+
+_DEALING = {"train.batch_rows", "model.length", "run.seed", "data.window"}
+"""What may be allowed to change, and deals rows to steps otherwise."""
 
 
 def _changed_at(folder: RunFolder) -> int:
@@ -152,7 +156,7 @@ def _changed_at(folder: RunFolder) -> int:
     step, waits = 0, False
     for event in folder.history():
         if event["event"] == "change":
-            waits |= not {"train.batch_rows", "model.length"}.isdisjoint(event["changes"])
+            waits |= not _DEALING.isdisjoint(event["changes"])
         elif event["event"] == "resume" and waits:
             step, waits = event["step"], False
     return step

@@ -1,7 +1,9 @@
 """Named places where tests make real faults happen: a signal to this process, never an exception.
 
 LEVIATHAN_FAULT="point:rank:step[:action],..." - the n-th entry is armed in the n-th attempt of a run, so that a fault
-does not strike again when its step is done once more. Actions: kill (default), stop, sleep=SECONDS, nan.
+does not strike again when its step is done once more. Actions: kill (default), stop, nan, sleep=SECONDS, until=PATH.
+The last is a rest of at most five minutes, which ends a second after there is such a file. Its path has no `:` and no
+`,`, and an attempt whose file an earlier one has waited for does not rest again.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import signal
 import time
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 POINTS = (
     "step.before_forward",
@@ -24,6 +27,7 @@ POINTS = (
     "restore.middle",
     "prune.middle",
 )
+_REST_S, _LOOK_S, _ARRIVES_S = 300.0, 0.05, 1.0
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,18 @@ def fault_point(point: str, step: int) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     elif fault.action.startswith("sleep="):
         time.sleep(float(fault.action[6:]))
+    elif fault.action.startswith("until="):
+        _rest_until(Path(fault.action[6:]))
+
+
+def _rest_until(file: Path) -> None:
+    """Rest until a file is there, or for too long."""
+    end = time.monotonic() + _REST_S
+    while not file.exists():
+        if time.monotonic() > end:
+            return
+        time.sleep(_LOOK_S)
+    time.sleep(_ARRIVES_S)  # what a run was asked before there was the file may still be on its way to this rank
 
 
 def poisoned(step: int) -> bool:

@@ -19,7 +19,8 @@ class Grown:
     """Reads a checkpoint and, where it lacks them, parameters of a model that may be without memory."""
 
     def __init__(self, files: CheckpointFiles, model: nn.Module, seed: int, new: Collection[str]) -> None:
-        self.updates, self._files = files.updates, files
+        # all that is trained is new, and its moments have seen no gradient: their correction begins with them
+        self.updates, self._files = 0, files
         self._first = {name: value.flatten() for name, value in first_values(model, seed, new).items()}
 
     def read(self, name: str, kind: str, start: int, stop: int) -> Tensor:

@@ -55,11 +55,13 @@ class Meter:
     def __init__(
         self, attempt: int, sources: list[str], tokens_per_step: int, flops_per_token: float, *,
         peak_flops_per_s: float | None = None, memory_mib: Callable[[], float] = resident_mib,
-        figures: Callable[[Sequence[float]], dict[str, float]] = lambda measures: {},
+        figures: Callable[[Sequence[float]], dict[str, float]] = lambda measures: {}, others: int = 0,
     ) -> None:  # fmt: skip
-        """tokens_per_step: of the global batch. flops_per_token: of training, forward and backward. peak_flops_per_s:
-        of all devices; None leaves MFU out. memory_mib: asked once a second. figures: what a model's measures say."""
+        """tokens_per_step: of the global batch. others: tokens that steps before had beyond as many each.
+        flops_per_token: of training, forward and backward. peak_flops_per_s: of all devices; None leaves MFU out.
+        memory_mib: asked once a second. figures: what a model's measures say."""
         self._attempt, self._sources, self._tokens, self._figures = attempt, sources, tokens_per_step, figures
+        self._others = others
         self._mfu_per_rate = flops_per_token / peak_flops_per_s if peak_flops_per_s else None
         self._memory_mib, self._memory, self._asked = memory_mib, 0.0, 0.0
         self._recent_s: deque[float] = deque(maxlen=WINDOW_STEPS)
@@ -73,7 +75,7 @@ class Meter:
             self._memory, self._asked = self._memory_mib(), now
         return {
             "step": step, "attempt": self._attempt, "time": now, "loss": result.loss, "lr": lr,
-            "grad_norm": result.grad_norm, "skipped": result.skipped, "tokens": step * self._tokens,
+            "grad_norm": result.grad_norm, "skipped": result.skipped, "tokens": step * self._tokens + self._others,
             "tokens_per_s": rate, "step_s": step_s, "data_s": data_s,
             "mfu": None if self._mfu_per_rate is None else rate * self._mfu_per_rate,
             "memory_mib": self._memory,

@@ -19,7 +19,7 @@ from data_pipeline.places import public
 from pretrain import metrics
 from pretrain.checkpoint import CheckpointStore
 from pretrain.checkpoint_files import Checkpoint, newest_readable, open_files
-from pretrain.config import RunConfig, micro_rows, total_steps
+from pretrain.config import RunConfig, micro_rows, tokens_per_step, total_steps
 from pretrain.cost import cost_of, peak_flops
 from pretrain.engine import Engine, TorchEngine
 from pretrain.ensemble.combine import begin_from_seed, join
@@ -37,7 +37,7 @@ from pretrain.models.build import build
 from pretrain.ops.expert_parallel import shard_experts
 from pretrain.optim import lr_scale
 from pretrain.parallel import Ranks, finish, same_on_all_ranks
-from pretrain.place import Place, beginning, place_of, reads_on, sources_of
+from pretrain.place import Place, beginning, numbering, place_of, reads_on, sources_of, tokens_before
 from pretrain.run_folder import Record, RunFolder, counted
 from pretrain.trainer import Plan, train
 
@@ -76,7 +76,7 @@ class Session:
         place = self._restore()
         self.store.check_room(self.engine.state())
         config, steps = self.config, total_steps(self.config)
-        self.log = self._open_log() if self.ranks.first else Silence()
+        self.log = self._open_log(place) if self.ranks.first else Silence()
         order = self._order(place)
         self.loader = Loader(
             order,
@@ -143,14 +143,13 @@ class Session:
                 f"{self.folder.name} was trained on {_listed(sources_of(found.facts))} and data.sources are"
                 f" {_listed(self.sources)}; go on with the old ones, or begin a branch with --from and another run.name"
             )
-        if reads_on(found.facts, self.dataset.manifest.fingerprint, self._weights()):
-            return place_of(found.facts, self._weights())
+        place = place_of(found.facts, self._weights())
+        if reads_on(found.facts, numbering(self.config, self.dataset.manifest.fingerprint), self._weights()):
+            return place
         if self.ranks.first:
-            told = (
-                f"other shards or sources than {found.path} was trained on: {_listed(self.sources)} from the beginning"
-            )
+            told = f"other shards, sources or order than of {found.path}: {_listed(self.sources)} from the beginning"
             self.folder.event("data", told, step=found.step)
-        return beginning(found.step, self._weights())
+        return beginning(found.step, self._weights(), place.tokens)
 
     def _branch_point(self) -> Checkpoint | None:
         """The checkpoint of another run that this one branches from, if it does."""
@@ -248,18 +247,18 @@ class Session:
     def _facts(self, place: Place) -> dict[str, Any]:
         """What a checkpoint says of the run beside the engine's state."""
         assert self.loader is not None
-        manifest = self.dataset.manifest
+        manifest, rows = self.dataset.manifest, self.loader.rows_consumed
         return {
             "run_id": self.folder.facts().get("run_id"),
             "zero": self.config.engine.zero,
             "engine": self.config.engine.name,
             "data": {
-                "rows": self.loader.rows_consumed,
+                "rows": rows,
+                "tokens": tokens_before(self.config, place) + (rows - place.rows) * self.config.model.length,
                 "weights": place.weights,
                 "skips": place.skips,
-                "fingerprint": manifest.fingerprint,
                 "tokenizer": manifest.tokenizer.sha256,
-                "seed": self.config.run.seed,
+                **numbering(self.config, manifest.fingerprint),
             },
         }
 
@@ -278,13 +277,14 @@ class Session:
         )
         return {"step": step, "attempt": self.attempt, **figures}
 
-    def _open_log(self) -> Log:
-        config = self.config
+    def _open_log(self, place: Place) -> Log:
+        config, per_step = self.config, tokens_per_step(self.config)
         meter = metrics.Meter(
             self.attempt,
             self.sources,
-            config.train.batch_rows * config.model.length,
+            per_step,
             self.cost.flops_per_token,
+            others=tokens_before(config, place) - place.step * per_step,
             peak_flops_per_s=self._peak() * self.ranks.world,
             memory_mib=_cuda_memory if self.device.type == "cuda" else metrics.resident_mib,
             figures=self.engine.model.figures,

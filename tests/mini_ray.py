@@ -14,14 +14,15 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
-from launcher.network import free_port
+from tests.ports import free_ports
 
 _CLUSTER = """
 import json, sys, time
 from ray.cluster_utils import Cluster
 port, cpus = int(sys.argv[1]), json.loads(sys.argv[2])
+# a head's agent, which starts jobs, would want the port that all heads have, and do without where another has it
 head = {"num_cpus": cpus[0], "include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port,
-        "object_store_memory": 80 << 20}
+        "dashboard_agent_listen_port": 0, "object_store_memory": 80 << 20}
 cluster = Cluster(initialize_head=True, head_node_args=head)
 add = lambda count: cluster.add_node(num_cpus=count, object_store_memory=80 << 20)
 nodes = [add(count) for count in cpus[1:]]
@@ -60,7 +61,7 @@ class MiniRay:
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> MiniRay:
-        port = free_port("127.0.0.1")
+        (port,) = free_ports(1)
         self.dashboard = f"http://127.0.0.1:{port}"
         environment = os.environ | self.env | {
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_enable_metrics_collection": "0",

@@ -7,8 +7,10 @@ nodes are as far apart as real ones (tests/network.py), and can die as machines 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -19,9 +21,14 @@ from types import TracebackType
 
 from tests import network
 from tests.network import Network
+from tests.ports import free_ports
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
+_CENTRAL = ("munged", "slurmctld")
 _UP_S, _DOWN_S = 30.0, 5.0
+MISSED_S = 11
+"""Once a job is older, Slurm gives its batch script up when the node that had it begins anew: BatchStartTimeout and
+MessageTimeout together."""
 
 _CONF = """\
 ClusterName=mini
@@ -56,6 +63,7 @@ SlurmdTimeout={timeout_s}
 KillWait=5
 MinJobAge=600
 MessageTimeout=10
+BatchStartTimeout=1
 JobRequeue=1
 SlurmdParameters=config_overrides
 {nodes}
@@ -100,15 +108,18 @@ class MiniSlurm:
         self.run("scancel", "--user=root", check=False)
         if self._network is not None:
             self._network.__exit__(kind, problem, trace)
-        for daemon in reversed(self._daemons.values()):
-            if daemon.poll() is None:
-                daemon.terminate()
-        for daemon in self._daemons.values():
-            try:
+        # a node that is left is asked: it may still be ending what it started. The others keep nothing that outlasts
+        # their folder, and are there until then, or the nodes would wait for them
+        nodes = [daemon for name, daemon in self._daemons.items() if name not in _CENTRAL]
+        for daemon in nodes:
+            daemon.terminate()
+        for daemon in nodes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 daemon.wait(_DOWN_S)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
+        for daemon in self._daemons.values():
+            if daemon.poll() is None:
+                os.killpg(daemon.pid, signal.SIGKILL)  # slurmctld has a child that runs scripts
+            daemon.wait()
         shutil.rmtree(self.base, ignore_errors=True)
 
     def run(self, *words: str, check: bool = True) -> str:
@@ -182,7 +193,7 @@ class MiniSlurm:
         return self.run("sinfo", "--noheader", "--Node", "--format=%T", check=False).split().count("idle")
 
     def _conf(self) -> str:
-        here, port = socket.gethostname().split(".")[0], _free_ports(self.count + 2)
+        here, port = socket.gethostname().split(".")[0], free_ports(self.count + 2)
         self.daemons_port = port[1]
         apart = self._network
         where = {
@@ -219,14 +230,3 @@ class MiniSlurm:
             if time.monotonic() > end:
                 raise RuntimeError(f"{what} not up within {_UP_S:.0f} s: {self.log_of('slurmctld')}")
             time.sleep(0.05)
-
-
-def _free_ports(count: int) -> list[int]:
-    """So many ports that nobody has, all different."""
-    probes = [socket.socket() for _ in range(count)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from tests.ports import free_ports
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,9 +24,7 @@ class Team:
     """Ranks of a worker module; they end when this process does."""
 
     def __init__(self, module: str, world: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        (port,) = free_ports(1)
         self._folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self._processes = []
         for rank in range(world):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from configs.schema import Config as Options
 from configs.schema import key
-from pretrain.channel import AsExpert, ChannelMixer, register
+from pretrain.channel import AsExpert, ChannelMixer, hidden_width, register
 from pretrain.init import linear, residual
 from pretrain.layout import Layout
 from pretrain.mixer import Site
@@ -24,7 +24,7 @@ class Config(Options):
 class Mlp(ChannelMixer):
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__()
-        hidden = round(config.mult * site.width)
+        hidden = hidden_width(config.mult, site.width)
         self.config, self.activation = config, ACTIVATIONS[config.activation]
         self.up = linear(site.width, hidden, bias=site.bias)
         self.down = residual(hidden, site.width, site.depth, bias=site.bias)

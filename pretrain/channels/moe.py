@@ -2,7 +2,8 @@
 
     p = softmax(W_r f)                  in fp32; f is the token, or the mean of the tokens just before it and itself
     chosen = the k largest of p + b     b is 0, unless loads are balanced by it
-    y = sum_{e chosen} g_e W2_e act(W1_e x),   g = p over the chosen, divided by their sum
+    y = sum_{e chosen} g_e W2_e act(W1_e x),   g = p over the chosen, divided by their sum; where k = 1, p itself, for
+                                               of one alone the sum would leave the router nothing to learn by
 
 Dropless: as many rows as tokens times k are computed, whatever the load, so that no token's output depends on others.
 Choice by token, as choice by expert is not causal (arXiv 2603.11535). An expert has mult * D / (k + shared) hidden
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from configs.schema import Config as Options
 from configs.schema import key
-from pretrain.channel import Aux, ChannelMixer, register
+from pretrain.channel import Aux, ChannelMixer, hidden_width, register
 from pretrain.init import constant, declare, normal
 from pretrain.layout import Layout
 from pretrain.mixer import ParamGroup, Site
@@ -54,6 +55,11 @@ class Config(Options):
     def _has_enough(self) -> Config:
         if self.top_k > self.experts:
             raise ValueError(f"has top_k {self.top_k} of {self.experts} experts; choose at most all of them")
+        for name, needed in (("balance_loss", "loss"), ("bias_step", "bias")):
+            if name in self.model_fields_set and self.balance != needed:
+                raise ValueError(
+                    f"{name} does nothing with balance {self.balance}; remove it, or set balance: {needed}"
+                )
         return self
 
 
@@ -93,7 +99,7 @@ class MixtureOfExperts(ChannelMixer):
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__()
         self.config, self.width = config, site.width
-        hidden = round(config.mult * site.width / (config.top_k + config.shared))
+        hidden = hidden_width(config.mult / (config.top_k + config.shared), site.width, "mult / (top_k + shared)")
         self.router = Router(site.width, config.experts, config.balance == "bias")
         make = partial(Experts, width=site.width, depth=site.depth, activation=config.activation, bias=site.bias)
         self.experts = make(config.experts, hidden=hidden)
@@ -140,7 +146,8 @@ class MixtureOfExperts(ChannelMixer):
         if self.router.nudges is not None:
             score_NE = score_NE + self.config.bias_step * self.router.nudges
         index_NK = score_NE.topk(self.config.top_k, dim=-1).indices
-        gate_NK = log_p_NE.gather(-1, index_NK).softmax(-1)
+        chosen_NK = log_p_NE.gather(-1, index_NK)
+        gate_NK = chosen_NK.exp() if self.config.top_k == 1 else chosen_NK.softmax(-1)
         chosen_NE = torch.zeros_like(score_NE).scatter(-1, index_NK, 1.0)
         return Choice(log_p_NE, lse_N, index_NK, gate_NK, chosen_NE)
 
@@ -183,7 +190,8 @@ class MixtureOfExperts(ChannelMixer):
 
     @torch.no_grad()
     def settle(self, measures: Sequence[float]) -> None:
-        if self.router.nudges is not None:
+        # a frozen router chooses as it did
+        if self.router.nudges is not None and self.router.weight.requires_grad:
             load_E = torch.tensor(measures[: self.config.experts], dtype=torch.float64)
             self.router.nudges += torch.sign(load_E.mean() - load_E).long().to(self.router.nudges.device)
 

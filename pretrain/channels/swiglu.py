@@ -7,7 +7,7 @@ from torch import Tensor
 
 from configs.schema import Config as Options
 from configs.schema import key
-from pretrain.channel import AsExpert, ChannelMixer, register
+from pretrain.channel import AsExpert, ChannelMixer, hidden_width, register
 from pretrain.init import linear, residual
 from pretrain.layout import Layout
 from pretrain.mixer import Site
@@ -22,7 +22,7 @@ class SwiGlu(ChannelMixer):
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__()
         self.mult = config.mult
-        self.hidden = round(config.mult * site.width)
+        self.hidden = hidden_width(config.mult, site.width)
         self.gate_up = linear(site.width, 2 * self.hidden, bias=site.bias)
         self.down = residual(self.hidden, site.width, site.depth, bias=site.bias)
 

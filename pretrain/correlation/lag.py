@@ -72,7 +72,7 @@ class Lag(Form):
         return Stream(cache, like.new_zeros(rows, self.heads.count, self.lags - 1, 0))
 
     def flops_per_token(self, length: int) -> int:
-        return (self.lags + 1) * length * self.heads.count * self.heads.width
+        return (min(self.lags, length) + 1) * length * self.heads.count * self.heads.width
 
     def state_bytes(self, length: int) -> int:
         return 2 * self.heads.count * (2 * self.heads.width + self.lags - 1) * length

@@ -71,7 +71,7 @@ class LagBank(Form):
         return Window(none, none, none[..., 0])
 
     def flops_per_token(self, length: int) -> int:
-        return 4 * self.window * self.heads.count * self.heads.width
+        return 4 * min(self.window, length) * self.heads.count * self.heads.width
 
     def halved_flops_per_token(self, length: int) -> int:
         spent = 2 * band_flops_per_channel(length, self.window, 1) * self.heads.count * self.heads.width // length

@@ -1,6 +1,6 @@
 """Edges, vectors of pairs of tokens, and what they begin as.
 
-    e_ij = W_r x_i + W_c x_j + rel(i - j)        for every j of i's document that is not later than i
+    e_ij = W_r Norm(x_i) + W_c Norm(x_j) + rel(i - j)        for every j of i's document that is not later than i
 
 so that at every layer e_ij is to be a function of the tokens up to i, the later of the two. The rest of the matrix is
 computed and never seen. `rel` is a small perceptron of log(1 + i - j), evaluated once for each distance.
@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.config import ModelConfig
-from pretrain.init import linear
+from pretrain.init import constant, declare, linear, normal
 from pretrain.layout import Layout
 from pretrain.norms import make_norm
+from pretrain.ops.scan import exact
 
 
 class Seen(NamedTuple):
@@ -37,6 +38,20 @@ class Rows(NamedTuple):
     sees_BTS: Tensor
 
 
+class _ExactLinear(nn.Linear):
+    """In fp32 or better: logarithms of neighbouring distances are the same number in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = exact(self.weight.dtype)
+        return F.linear(x.to(kind), self.weight.to(kind), self.bias.to(kind))
+
+
+def _exact_linear(fan_in: int, fan_out: int) -> nn.Linear:
+    layer = _ExactLinear(fan_in, fan_out)
+    declare(layer, {"weight": normal(fan_in**-0.5), "bias": constant(0.0)})
+    return layer
+
+
 class EdgeStart(nn.Module):
     """The edges of a piece, out of its tokens and those before it."""
 
@@ -47,7 +62,7 @@ class EdgeStart(nn.Module):
         self.row = linear(config.width, width, bias=config.bias)
         self.column = linear(config.width, width, bias=config.bias)
         # without biases it would tell distances by the size of one direction alone
-        self.log_distance, self.distance = linear(1, width, bias=True), linear(width, width, bias=True)
+        self.log_distance, self.distance = (_exact_linear(fan_in, width) for fan_in in (1, width))
 
     def forward(self, x_BTD: Tensor, layout: Layout, seen: Seen | None) -> tuple[Tensor, Rows, Seen | None]:
         """(B, T, S, C) edges, where they are, and what was seen with this piece behind it."""
@@ -80,5 +95,5 @@ class EdgeStart(nn.Module):
     def _relative(self, x_BTD: Tensor, count: int) -> Tensor:
         """rel of the last T of `count` tokens: (T, S, C). Documents do not have gaps: places tell distances."""
         places = torch.arange(count, device=x_BTD.device)
-        table_SC = self.distance(F.silu(self.log_distance(places[:, None].to(x_BTD.dtype).log1p())))
+        table_SC = self.distance(F.silu(self.log_distance(places[:, None].float().log1p()))).to(x_BTD.dtype)
         return table_SC[(places[count - x_BTD.shape[1] :, None] - places).clamp(min=0)]

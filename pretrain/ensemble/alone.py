@@ -98,7 +98,7 @@ def without_modules(config: RunConfig, left_out: Sequence[str]) -> RunConfig:
     modules = remaining(ensemble.modules, left_out)
     changed = {
         "modules": modules,
-        "top": min(ensemble.top, len(modules)),
+        "top": min(ensemble.top, len(modules) * (2 if ensemble.fusion == "btx" else 1)),
         "domains": {source: module for source, module in ensemble.domains.items() if module in modules},
     }
     ensemble = ensemble.model_copy(update=changed)

@@ -86,6 +86,9 @@ def begin_from_seed(
         _check_shapes(where, files.shapes, own_shapes(build(seed_model(config), vocab)))
         places |= {f"modules.{member}.{_in_pair(name)}": [(files, name)] for name in files.shapes}
     model = build(config, vocab)
+    lost = sorted(places.keys() - own_shapes(model).keys())
+    if lost:
+        raise AssertionError(f"{lost[0]} of a seed has no place in its module")
     return Gathered(places, model, stacked_names(model), seed)
 
 
@@ -115,7 +118,9 @@ def _mixed(files: Mapping[str, CheckpointFiles], config: ModelConfig, model: nn.
 
 def _in_pair(name: str) -> str:
     """What a single model's parameter is called in a pair."""
-    return "models." + re.sub(r"^blocks\.(\d+)\.", r"layers.\1.blocks.", name)
+    # a wrapped model has its stack and its shifts in `blocks`; a pair has both itself
+    bare = re.sub(r"^blocks\.shifts\.", "shifts.", name)
+    return "models." + re.sub(r"^blocks\.(?:inner\.)?(\d+)\.", r"layers.\1.blocks.", bare)
 
 
 def _opened(what: str, origin: Record, tokenizer: str) -> tuple[str, CheckpointFiles]:

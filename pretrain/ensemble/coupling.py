@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pretrain.block import dropped
 from pretrain.correlation.form import Heads
 from pretrain.correlation.lag import make_lag
 from pretrain.init import constant, declare, linear, residual
@@ -26,9 +27,9 @@ ROPE_BASE = 10000.0
 class Coupling(nn.Module):
     """One direction: what one model takes from the other."""
 
-    def __init__(self, site: Site, norm: NormName, heads: int, lags: int) -> None:
+    def __init__(self, site: Site, norm: NormName, heads: int, lags: int, dropout: float) -> None:
         super().__init__()
-        self.heads, self.width = heads, site.width
+        self.heads, self.width, self.dropout = heads, site.width, dropout
         width = head_width(site, heads, heads)
         self.norm_own, self.norm_other = (make_norm(norm, site.width, site.bias) for _ in range(2))
         self.query = linear(site.width, site.width, bias=site.bias)
@@ -45,7 +46,8 @@ class Coupling(nn.Module):
         q = self._split(self.query(self.norm_own(x_BTD)), 1)[0]
         k, v = self._split(self.key_value(self.norm_other(other_BTD)), 2)
         y_BHTE, state = self.form(q, k, v, layout, state)
-        return x_BTD + self.gate * self.out(y_BHTE.transpose(1, 2).flatten(2)), state
+        y_BTD = self.out(y_BHTE.transpose(1, 2).flatten(2))
+        return x_BTD + self.gate * dropped(y_BTD, self.dropout, self.training), state
 
     def initial_state(self, rows: int, like: Tensor) -> State:
         """The state before the first token of `rows` streams."""

@@ -28,13 +28,16 @@ from pretrain.mixer import ParamGroup
 from pretrain.norms import RmsNorm
 from pretrain.ops.attention import lag_scores, stack_keys, stack_queries
 from pretrain.ops.heads import Cache, empty_cache, extend, visible
+from pretrain.ops.scan import exact
 
 
 class Fused(NamedTuple):
-    """log_pi_MBT: log of the relevance, -inf for modules that are left out. found_BTF: what was found, before W_o."""
+    """log_pi_MBT: log of the relevance, -inf for modules that are left out. log_all_MBT: before any was left out.
+    found_BTF: what was found, before W_o."""
 
     log_pi_MBT: Tensor
-    found_BTF: Tensor
+    log_all_MBT: Tensor
+    found_BTF: Tensor | None
 
 
 class Stream(NamedTuple):
@@ -102,17 +105,18 @@ class Fusion(nn.Module):
         return scores, Stream(cache, rows[:, :, rows.shape[2] - (self.lags - 1) :])
 
     def _combined(self, scores: Tensor, v: Tensor, there: Tensor) -> Fused:
-        size = (self.count, self.heads)
+        # in bf16 shares would add up to 1 only to two digits, and the mixture's loss be off by as much
+        size, scores = (self.count, self.heads), scores.to(exact(scores.dtype))
         total = scores.logsumexp(-1, keepdim=True)
-        found = ((scores - total).exp() @ v).unflatten(1, size)
+        found = ((scores - total).exp().to(v.dtype) @ v).unflatten(1, size)
         log_mass = total.squeeze(-1).unflatten(1, size).masked_fill(~there, -torch.inf).log_softmax(1)
-        log_pi_BMT = log_mass.logsumexp(2) - torch.tensor(self.heads).log().to(log_mass.dtype)
-        least = log_pi_BMT.topk(self.top, dim=1).values[:, -1:]
-        left_out = (log_pi_BMT < least) | ~there.view(1, -1, 1)
-        log_pi_BMT = log_pi_BMT.masked_fill(left_out, -torch.inf).log_softmax(1)
+        log_all_BMT = log_mass.logsumexp(2) - torch.tensor(self.heads).log().to(log_mass.dtype)
+        least = log_all_BMT.topk(self.top, dim=1).values[:, -1:]
+        left_out = (log_all_BMT < least) | ~there.view(1, -1, 1)
+        log_pi_BMT = log_all_BMT.masked_fill(left_out, -torch.inf).log_softmax(1)
         mass = log_mass.masked_fill(left_out[:, :, None], -torch.inf).softmax(1)
-        found_BHTE = (mass[..., None] * found).sum(1)
-        return Fused(log_pi_BMT.transpose(0, 1), found_BHTE.transpose(1, 2).flatten(2))
+        found_BTHE = (mass.to(v.dtype)[..., None] * found).sum(1).transpose(1, 2)
+        return Fused(log_pi_BMT.transpose(0, 1), log_all_BMT.transpose(0, 1), found_BTHE.flatten(2))
 
     def initial_state(self, rows: int, like: Tensor) -> Stream:
         """The state before the first token of `rows` streams."""

@@ -6,13 +6,14 @@ Shapes: K models (2 for each module: the first, the second), B rows, T tokens, D
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.block import make_block, site_of
+from pretrain.block import dropped, make_block, site_of
 from pretrain.channel import Aux
 from pretrain.config import ModelConfig
 from pretrain.ensemble.config import FIRST, SECOND
@@ -41,7 +42,8 @@ class Layer(nn.Module):
         self.blocks = Members(lambda: make_block(config, layer), names)
         coupled = ensemble.couple_every and (layer + 1) % ensemble.couple_every == 0
         site, heads, lags = site_of(config, layer), ensemble.couple_heads, ensemble.couple_lags
-        self.couplings = Members(lambda: Coupling(site, config.norm, heads, lags), names) if coupled else None
+        make = partial(Coupling, site, config.norm, heads, lags, config.dropout)
+        self.couplings = Members(make, names) if coupled else None
 
     def forward(self, x_KBTD: Tensor, layout: Layout, state: LayerState | None) -> tuple[Tensor, Any, Aux | None]:
         block_state, state_of_couplings = (None, None) if state is None else state
@@ -59,6 +61,7 @@ class Pairs(nn.Module):
         super().__init__()
         names = [f"{module}.{which}" for module in config.ensemble.modules for which in (FIRST, SECOND)]
         self.width, self.vocab, self.count, self.recompute = config.width, vocab, len(names), False
+        self.dropout = config.dropout
         self.embed = MemberTables(lambda: embedding(vocab, config.width), names)
         learned = config.positions == "learned"
         self.places = MemberTables(lambda: embedding(config.length, config.width), names) if learned else None
@@ -76,6 +79,7 @@ class Pairs(nn.Module):
         x_KBTD, after, auxes = self.embed(tokens_BT), [], []
         if self.places is not None:
             x_KBTD = x_KBTD + self.places(layout.pos_BT)
+        x_KBTD = dropped(x_KBTD, self.dropout, self.training)
         before = iter(states or [None] * (self.passes * len(self.layers)))
         for number in range(self.passes):
             if self.passes > 1:

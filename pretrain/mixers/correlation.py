@@ -12,6 +12,7 @@ Source: "Leviathan" (attention-free-revolution); the causal definitions are this
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -42,6 +43,8 @@ _FORMS: dict[str, tuple[Callable[..., Form], tuple[str, ...]]] = {
     "seed_fft": (SeedFft, ()),
     "seed_ema": (SeedEma, ()),
 }
+_UNROTATED = ("fft", "fft_self")
+"""Forms whose queries and keys meet no position, so that there is nothing to rotate."""
 _EPS = 1e-6
 
 
@@ -65,6 +68,8 @@ class Config(Options):
             if name not in own:
                 takes = f"takes {', '.join(own)}" if own else "has no options of its own"
                 raise ValueError(f"{name} does not belong to corr {self.corr}, which {takes}; remove it")
+        if self.corr in _UNROTATED and "rope_base" in self.model_fields_set:
+            raise ValueError(f"rope_base does not belong to corr {self.corr}, which rotates nothing; remove it")
         return self
 
 
@@ -73,14 +78,16 @@ class Correlation(TokenMixer):
     def __init__(self, config: Config, site: Site) -> None:
         super().__init__()
         self.width, self.heads = site.width, config.heads
-        self.head_width = head_width(site, self.heads, self.heads)
+        rotates = site.positions == "rope" and config.corr not in _UNROTATED
+        turned = site if rotates else replace(site, positions="none")
+        self.head_width = head_width(turned, self.heads, self.heads)
         self.qkv = linear(site.width, 3 * site.width, bias=site.bias)
         self.out = residual(site.width, site.width, site.depth, bias=site.bias)
         self.qk_norm = config.qk_norm
         if self.qk_norm:
             self.q_gain, self.k_gain = (nn.Parameter(torch.empty(self.head_width)) for _ in range(2))
             declare(self, {"q_gain": constant(1.0), "k_gain": constant(1.0)})
-        base = config.rope_base if site.positions == "rope" else None
+        base = config.rope_base if rotates else None
         make, own = _FORMS[config.corr]
         self.form = make(Heads(self.heads, self.head_width, base), *(getattr(config, name) for name in own))
         self.rounding, self.dense = self.form.rounding, self.form.dense

@@ -45,7 +45,8 @@ class Involution(TokenMixer):
         self.width, self.taps, self.softmax = site.width, config.kernel, config.softmax
         self.groups = group_count(config.groups, site.width)
         self.dilation = layer_dilation(config, site)
-        hidden = max(1, site.width // config.reduction)
+        # a norm over one unit leaves its sign alone, and nothing to learn by
+        hidden = max(2, site.width // config.reduction)
         self.squeeze = linear(site.width, hidden, bias=site.bias)
         self.kernel = nn.Linear(hidden, self.groups * self.taps, bias=site.bias or config.delta)
         fills = {"weight": normal(0.02)}
@@ -87,12 +88,15 @@ class Involution(TokenMixer):
 
     def flops_per_token(self, length: int) -> int:
         made = self.squeeze.weight.numel() + self.kernel.weight.numel()
-        return 2 * (made + 2 * self.width * self.width + self.taps * self.width)
+        return 2 * (made + 2 * self.width * self.width + self._taps_within(length) * self.width)
 
     def halved_flops_per_token(self, length: int) -> int:
-        return (
-            band_flops_per_channel(length, self.taps, self.dilation) * self.width // length - 2 * self.taps * self.width
-        )
+        spent = band_flops_per_channel(length, self.taps, self.dilation) * self.width // length
+        return spent - 2 * self._taps_within(length) * self.width
+
+    def _taps_within(self, length: int) -> int:
+        """Taps that meet a token of a row at all."""
+        return min(self.taps, -(-length // self.dilation))
 
     def state_bytes(self, length: int) -> int:
         return 2 * self._reach * self.width

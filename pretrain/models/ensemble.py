@@ -26,12 +26,13 @@ from configs.errors import ConfigError, UsageError
 from data_pipeline.batch import IGNORE, Batch
 from pretrain.config import ModelConfig
 from pretrain.ensemble.config import remaining
-from pretrain.ensemble.fusion import Fusion
+from pretrain.ensemble.fusion import Fused, Fusion
 from pretrain.ensemble.losses import Heads, evidence, module_logits, module_losses
 from pretrain.ensemble.pairs import Pairs
 from pretrain.layout import Layout
 from pretrain.model import LossParts, Model
 from pretrain.models.language_model import going_on, with_aux
+from pretrain.ops.scan import exact
 
 
 class StreamState(NamedTuple):
@@ -53,6 +54,11 @@ class LeviathanModelEnsemble(Model):
         self.config, self.vocab, self.length = config.ensemble, vocab, config.length
         if config.stack.name != ModelConfig().stack.name or config.logits.hidden:
             raise ConfigError("an ensemble's models are plain blocks; leave model.stack and model.logits as they are")
+        if config.wrap.passes > 1 and (config.wrap.loss != "last" or config.wrap.checkpoint):
+            raise ConfigError(
+                "an ensemble trains the last pass of its models' wrap and keeps them all; leave model.wrap.loss and"
+                " model.wrap.checkpoint as they are"
+            )
         self.modules_named = list(config.ensemble.modules)
         self.models = Pairs(config, vocab)
         mhc = config.ensemble.fusion == "mhc"
@@ -69,33 +75,34 @@ class LeviathanModelEnsemble(Model):
     def forward(self, batch: Batch) -> LossParts:
         layout = Layout(batch.doc_BT, batch.pos_BT, not batch.packed)
         h_KBTD, _, auxes = self.models(batch.tokens_BT, layout)
-        log_pi_MBT, found_BTF, _ = self._relevance(h_KBTD, layout, None)
+        (log_pi_MBT, log_all_MBT, found_BTF), _ = self._relevance(h_KBTD, layout, None)
         found_NF = None if found_BTF is None else found_BTF.flatten(0, 1)
         alone, targets_N = len(self.modules_named) == 1, batch.targets_BT.reshape(-1)
         loss_MN, own_KN = module_losses(h_KBTD.flatten(1, 2), found_NF, self._heads(), targets_N, alone)
         loss_MBT = loss_MN.unflatten(1, batch.targets_BT.shape)
         if self.config.fusion == "posterior":
-            log_pi_MBT = self._posterior(_arrived(loss_MBT, layout), layout, loss_MBT.new_zeros(loss_MBT.shape[:2]))
+            before_MB = loss_MBT.new_zeros(loss_MBT.shape[:2])
+            log_pi_MBT = log_all_MBT = self._posterior(_arrived(loss_MBT, layout), layout, before_MB)
         counted_BT = batch.targets_BT != IGNORE
         loss_BT = -torch.logsumexp(log_pi_MBT - loss_MBT, dim=0).masked_fill(~counted_BT, 0.0)
         total = loss_BT.sum()
         if alone and own_KN is not None:
             total = total + self.config.alone_loss * own_KN.sum()
         elif self.training:
-            total = total + self._joint_losses(batch, log_pi_MBT, loss_MBT, counted_BT)
+            total = total + self._joint_losses(batch, log_all_MBT, loss_MBT, counted_BT)
         measures = self._measures(batch, log_pi_MBT, loss_MBT, counted_BT)
         if auxes:
             total, _ = with_aux(total, tuple(aux._replace(loss=aux.loss.mean()) for aux in auxes), batch.count)
         return LossParts(total, loss_BT.detach(), measures)
 
-    def _relevance(self, h_KBTD: Tensor, layout: Layout, state: Any) -> tuple[Tensor, Tensor | None, Any]:
-        """Log of the relevance (M, B, T) where it does not depend on losses, else uniform; what fusion found."""
+    def _relevance(self, h_KBTD: Tensor, layout: Layout, state: Any) -> tuple[Fused, Any]:
+        """What is relevant to each token where that does not depend on losses, else all alike; the fusion's state."""
         if self.fusion is not None:
             h_MBTD = h_KBTD.unflatten(0, (-1, 2)).mean(1)
-            fused, state = self.fusion(h_MBTD, layout, self.present, state)
-            return fused.log_pi_MBT, fused.found_BTF, state
+            return self.fusion(h_MBTD, layout, self.present, state)
         size = (len(self.present), *h_KBTD.shape[1:3])
-        return self._among_present(h_KBTD.new_zeros(size)), None, state
+        alike_MBT = self._among_present(h_KBTD.new_zeros(size, dtype=exact(h_KBTD.dtype)))
+        return Fused(alike_MBT, alike_MBT, None), state
 
     def _posterior(self, told_MBT: Tensor, layout: Layout, before_MB: Tensor) -> Tensor:
         return self._among_present(evidence(told_MBT, layout, before_MB, self.config.memory))
@@ -104,8 +111,11 @@ class LeviathanModelEnsemble(Model):
         there = torch.tensor(self.present, device=score_MBT.device).view(-1, 1, 1)
         return score_MBT.masked_fill(~there, -torch.inf).log_softmax(0)
 
-    def _joint_losses(self, batch: Batch, log_pi_MBT: Tensor, loss_MBT: Tensor, counted_BT: Tensor) -> Tensor:
-        """What is added to the mixture's loss, summed over counted targets: of the right module, where it is known."""
+    def _joint_losses(self, batch: Batch, log_all_MBT: Tensor, loss_MBT: Tensor, counted_BT: Tensor) -> Tensor:
+        """What is added to the mixture's loss, summed over counted targets: of the right module, where it is known.
+
+        log_all: relevance before any module is left out, or the one that should have been kept would never hear of it.
+        """
         config, right_B = self.config, self._right_modules(batch.source_B)
         known_B = right_B >= 0
         at = right_B.clamp_min(0)[None, :, None].expand(1, *counted_BT.shape)
@@ -114,12 +124,10 @@ class LeviathanModelEnsemble(Model):
         weight = config.domain_loss * max(0.0, 1 - self._step / config.domain_steps) if config.domain_steps else 0.0
         if weight:
             judged_BT = of_right_BT & (batch.pos_BT >= config.domain_from)
-            # a module that was left out has no relevance at all: as little as one token in a million stands for it
-            log_pi_BT = log_pi_MBT.gather(0, at)[0].clamp_min(-13.8)
-            extra = extra - weight * (log_pi_BT * judged_BT).sum()
+            extra = extra - weight * (log_all_MBT.gather(0, at)[0] * judged_BT).sum()
         if config.balance_loss:
             unknown_BT = counted_BT & ~known_B[:, None]
-            share_M = (log_pi_MBT.exp() * unknown_BT).sum((1, 2)) / unknown_BT.sum().clamp_min(1)
+            share_M = (log_all_MBT.exp() * unknown_BT).sum((1, 2)) / unknown_BT.sum().clamp_min(1)
             extra = extra + config.balance_loss * len(share_M) * share_M.square().sum() * unknown_BT.sum()
         return extra
 
@@ -138,9 +146,8 @@ class LeviathanModelEnsemble(Model):
     def logits(self, tokens_BT: Tensor, layout: Layout) -> Tensor:
         """(B, T, V): log of the mixture's probabilities."""
         h_KBTD, _, _ = self.models(tokens_BT, layout)
-        log_pi_MBT, found_BTF, _ = self._relevance(h_KBTD, layout, None)
-        rows = tokens_BT.shape[0]
-        return self._mixed(h_KBTD, found_BTF, log_pi_MBT, tokens_BT, layout, *self._nothing_told(rows, h_KBTD))[0]
+        fused, _ = self._relevance(h_KBTD, layout, None)
+        return self._mixed(h_KBTD, fused, tokens_BT, layout, *self._nothing_told(len(tokens_BT), h_KBTD))[0]
 
     def decode(self, tokens_BT: Tensor, state: StreamState, layout: Layout | None = None) -> tuple[Tensor, StreamState]:
         layout = layout or going_on(state.pos_B, state.doc_B, tokens_BT.shape[1])
@@ -150,17 +157,17 @@ class LeviathanModelEnsemble(Model):
                 " use a shorter prompt or fewer tokens, or train with model.positions rope"
             )
         h_KBTD, layers, _ = self.models(tokens_BT, layout, state.layers)
-        log_pi_MBT, found_BTF, fusion = self._relevance(h_KBTD, layout, state.fusion)
+        fused, fusion = self._relevance(h_KBTD, layout, state.fusion)
         told = (state.evidence_MB, state.last_MBV)
-        mixed, evidence_MB, last_MBV = self._mixed(h_KBTD, found_BTF, log_pi_MBT, tokens_BT, layout, *told)
+        mixed, evidence_MB, last_MBV = self._mixed(h_KBTD, fused, tokens_BT, layout, *told)
         after = StreamState(layers, fusion, evidence_MB, last_MBV, layout.pos_BT[:, -1], layout.doc_BT[:, -1])
         return mixed, after
 
     def _mixed(
-        self, h_KBTD: Tensor, found_BTF: Tensor | None, log_pi_MBT: Tensor, tokens_BT: Tensor, layout: Layout,
-        before_MB: Tensor, last_MBV: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        self, h_KBTD: Tensor, fused: Fused, tokens_BT: Tensor, layout: Layout, before_MB: Tensor, last_MBV: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, V) log p of the mixture, and the evidence and each module's log p at the end."""
+        log_pi_MBT, _, found_BTF = fused
         found_NF = None if found_BTF is None else found_BTF.flatten(0, 1)
         logits_MNV = module_logits(h_KBTD.flatten(1, 2), found_NF, self._heads())
         log_p_MBTV = logits_MNV.log_softmax(-1).unflatten(1, tokens_BT.shape)

@@ -11,12 +11,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configs.errors import UsageError
 from data_pipeline.batch import Batch
 from pretrain import stack
+from pretrain.block import dropped
 from pretrain.channel import Aux, Teller
 from pretrain.config import ModelConfig
 from pretrain.init import embedding
@@ -119,7 +119,7 @@ class LanguageModel(Model):
         x_BTD = self.embed(tokens_BT)
         if self.places is not None:
             x_BTD = x_BTD + self.places(self._checked_places(layout, streaming))
-        return F.dropout(x_BTD, self.dropout) if self.dropout and self.training else x_BTD
+        return dropped(x_BTD, self.dropout, self.training)
 
     def _tied(self) -> Tensor | None:
         return self.embed.weight if self.head.weight is None else None

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from pretrain.layout import Layout
 from pretrain.ops.mapped import at_once, is_mapped, of_all_members
+from pretrain.ops.scan import exact
 
 _EXPLICIT_BYTES, _BLOCK = 64 << 20, 64
 
@@ -80,14 +81,16 @@ class _MembersAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, *kept = ctx.saved_tensors
         grad = grad.flatten(0, 2).contiguous()
-        grads_q, grad_k, grad_v = [], torch.zeros_like(k), torch.zeros_like(v)
+        # early keys are added to once for every block: in bf16 the sum would lose what each adds
+        grads_q, grad_k, grad_v = [], *(torch.zeros_like(x, dtype=exact(x.dtype)) for x in (k, v))
         for (rows, seen), weights in zip(_blocks(q.shape[1]), kept):
             scores = torch.bmm(grad[:, rows], v[:, seen].mT)
             torch._softmax_backward_data(scores, weights, -1, weights.dtype, grad_input=scores)
             grads_q.append(torch.bmm(scores, k[:, seen]))
             grad_k[:, seen] += torch.bmm(scores.mT, q[:, rows])
             grad_v[:, seen] += torch.bmm(weights.mT, grad[:, rows])
-        grads = [each.unflatten(0, ctx.heads) for each in (torch.cat(grads_q, 1).mul_(ctx.scale), grad_k, grad_v)]
+        whole = torch.cat(grads_q, 1).mul_(ctx.scale), grad_k.to(k.dtype), grad_v.to(v.dtype)
+        grads = [each.unflatten(0, ctx.heads) for each in whole]
         return grads[0], grads[1], grads[2], None, None
 
 

@@ -107,7 +107,10 @@ def grouped_linear_naive(rows_AI: Tensor, weight_EOI: Tensor, counts_E: Tensor) 
 
 
 def has_grouped_product(rows_AI: Tensor, weight_EOI: Tensor) -> bool:
-    """Whether torch multiplies such groups at once: on CUDA bf16 from Hopper on; rows at multiples of 16 bytes."""
+    """Whether torch multiplies such groups at once: on CUDA bf16 on Hopper; rows at multiples of 16 bytes.
+
+    Not on what came after it, where the gradient of a group without rows is not zero (pytorch issue 172439).
+    """
     if (
         not hasattr(F, "grouped_mm")
         or isinstance(rows_AI, FakeTensor)
@@ -115,7 +118,7 @@ def has_grouped_product(rows_AI: Tensor, weight_EOI: Tensor) -> bool:
     ):
         return False
     if rows_AI.is_cuda:
-        return rows_AI.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows_AI.device)[0] >= 9
+        return rows_AI.dtype == torch.bfloat16 and torch.cuda.get_device_capability(rows_AI.device)[0] == 9
     return rows_AI.device.type == "cpu" and rows_AI.dtype in (torch.float32, torch.bfloat16)
 
 

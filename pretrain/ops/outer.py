@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pretrain.ops.scan import exact
+
 
 def outer_linear_naive(a: Tensor, b: Tensor, weight_KJI: Tensor) -> Tensor:
     """The equation itself, a (..., I), b (..., J), the weight as (K, J I): (..., K). Keeps I J numbers a token."""
@@ -29,10 +31,10 @@ class _OuterLinear(torch.autograd.Function):
     @staticmethod
     def forward(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
         blocks = weight.split(a.shape[-1], dim=1)
-        y = (a * b[..., :1]) @ blocks[0].T
+        y = ((a * b[..., :1]) @ blocks[0].T).to(exact(a.dtype))
         for j, block in enumerate(blocks[1:], start=1):
             y += (a * b[..., j, None]) @ block.T
-        return y
+        return y.to(a.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -41,10 +43,10 @@ class _OuterLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a, b, weight = ctx.saved_tensors
-        grad_a, grad_b, grad_weight = torch.zeros_like(a), [], []
+        grad_a, grad_b, grad_weight = torch.zeros_like(a, dtype=exact(a.dtype)), [], []
         for j, block in enumerate(weight.split(a.shape[-1], dim=1)):
             b_j, pulled = b[..., j, None], grad @ block
             grad_a = grad_a + b_j * pulled
             grad_b.append((a * pulled).sum(-1))
             grad_weight.append(grad.flatten(0, -2).T @ (a * b_j).flatten(0, -2))
-        return grad_a, torch.stack(grad_b, dim=-1), torch.cat(grad_weight, dim=1)
+        return grad_a.to(a.dtype), torch.stack(grad_b, dim=-1), torch.cat(grad_weight, dim=1)

@@ -145,7 +145,12 @@ class StreamAttention(Teller):
         return 2 * 2 * self.streams * self.width * length
 
     def measure_names(self) -> tuple[str, ...]:
-        return ("entropy",) if self.diversity else ()
+        return ("entropy", "tokens") if self.diversity else ()
+
+    def figures(self, measures: Sequence[float]) -> dict[str, float]:
+        """Nats of a token's attention."""
+        entropy, tokens = measures
+        return {"entropy": entropy / tokens}
 
     def _told(self, weights_BMTS: Tensor) -> Aux | None:
         """Minus the weighted entropy, in nats, of attention averaged over streams; summed over tokens, as a measure."""
@@ -155,7 +160,8 @@ class StreamAttention(Teller):
         # p log p is 0 at p = 0, and its gradient has to be a number
         smallest = torch.finfo(mean_BHTS.dtype).tiny
         entropy_BT = -(mean_BHTS * mean_BHTS.clamp(min=smallest).log()).sum(-1).mean(1)
-        return Aux(-self.diversity * entropy_BT.mean(), entropy_BT.detach().sum()[None])
+        told = torch.stack((entropy_BT.detach().sum(), entropy_BT.new_tensor(entropy_BT.numel())))
+        return Aux(-self.diversity * entropy_BT.mean(), told)
 
 
 class Layer(nn.Module):

@@ -1,6 +1,6 @@
 """The quartic transformer, made causal: every pair of tokens has a vector, an edge, and edges attend to edges.
 
-    e_ij = W_r x_i + W_c x_j + rel(i - j)     for j <= i of the same document
+    e_ij = W_r Norm(x_i) + W_c Norm(x_j) + rel(i - j)     for j <= i of the same document
     S_h = q_i.k_j / sqrt(E) + W_b Norm(e_ij),   A = softmax(S + talk S) over j,   x_i += W_o (sigmoid(g_i) * A v)
     e_ij += W_e A_ij;   x += Channel(Norm(x));   e += Mixer(e) for each edge mixer;   e += W_2 gelu(W_1 Norm(e))
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from configs.schema import Config as Options
 from configs.schema import key
 from pretrain.block import site_of
+from pretrain.channel import hidden_width
 from pretrain.config import ModelConfig
 from pretrain.edges.linear import ColumnMixer, PrefixMixer, RowMixer
 from pretrain.edges.mixer import EdgeMixer, EdgeSizes
@@ -117,7 +118,7 @@ class QuarticUpdate(EdgeUpdate):
 
     def __init__(self, options: Config, config: ModelConfig) -> None:
         super().__init__()
-        width, hidden = options.edge_width, round(options.edge_mult * options.edge_width)
+        width, hidden = options.edge_width, hidden_width(options.edge_mult, options.edge_width, "edge_mult")
         sizes = EdgeSizes(width, options.edge_heads, options.edge_head_width, options.routed, options.iterations)
         self.learn = residual(options.heads, width, config.depth, bias=config.bias)
         self.mixers = nn.ModuleList(EDGE_MIXERS[name](sizes, config) for name in options.edge_mixers)

@@ -22,7 +22,9 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 CLUSTER = """
 import os, sys, time
 from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+# port 0 is any that is free: a head's agent has one and the same everywhere if nothing is said
+head = {"num_cpus": 1, "include_dashboard": False, "dashboard_agent_listen_port": 0}
+cluster = Cluster(initialize_head=True, head_node_args=head)
 others = [cluster.add_node(num_cpus=1) for _ in range(2)]
 print(cluster.address, flush=True)
 for line in sys.stdin:

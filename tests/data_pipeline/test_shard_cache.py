@@ -67,6 +67,15 @@ def test_an_epoch_in_windows_stays_within_the_bound_though_the_server_fails(serv
     assert max(gone) < len(train) // 3  # as many as lie in a window, not all that were ever read
 
 
+def test_no_more_is_fetched_ahead_than_fits_together_however_often_it_is_asked_for(server, tmp_path):
+    a, b, c, d = sorted(server.infos, key=lambda info: info.bytes)[-4:]
+    cache = ShardCache(server.url, tmp_path, a.bytes + b.bytes + c.bytes)
+    for _ in range(4):  # as a loader asks that reads of the window a, b, for long
+        cache.expect([b, a, b, c, d])
+        wait_until(lambda: not cache._expected, 20)
+    assert server.asked == {info.name: 1 for info in (a, b, c)}
+
+
 @pytest.mark.parametrize("harm", [lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: bytes(len(b)), lambda b: b[:-1]])
 def test_a_cached_shard_that_is_damaged_is_fetched_again(server, tmp_path, harm):
     path = ShardCache(server.url, tmp_path, ROOMY).locate(server.infos[0])

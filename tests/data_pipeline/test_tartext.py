@@ -7,7 +7,6 @@ import io
 import os
 import pickle
 import random
-import resource
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 from configs.errors import DataError
+from tests.data_pipeline.memory import memory_to_read
 from tests.data_pipeline.reading import make_tar, read_all, texts
 
 
@@ -39,49 +39,56 @@ def extended(record: bytes) -> bytes:
     return header(b"p", b"%011o\0" % len(record), b"x") + record.ljust(512, b"\0")
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (member(kind=b"1"), ["'a.txt' is a hard link"]),
-        (member(kind=b"2"), ["'a.txt' is a symbolic link", "only plain files"]),
-        (member(kind=b"3"), ["is a device"]),
-        (member(kind=b"6"), ["is a pipe"]),
-        (member(kind=b"S"), ["is a sparse file"]),
-        (member(kind=b"Z"), ["of the unknown type b'Z'"]),
-        (member(size=b"77777777777\0"), ["'a.txt' has 8,589,934,591 bytes; the limit is 67,108,864"]),
-        (member(size=b"\x80" + b"\x7f" * 11), ["bytes; the limit is"]),
-        (member(size=b"\xff" * 12), ["damaged (a member has the size"]),
-        (member(size=b"-0000000001\0"), ["damaged (a member has the size"]),
-        (member(size=b"0000000099z\0"), ["damaged (a member has the size"]),
-        (member(kind=b"x", size=b"77777777777\0"), ["the limit is 65,536"]),
-        (member(kind=b"L", size=b"77777777777\0"), ["the limit is 65,536"]),
-        (member(kind=b"x"), ["an extended header that cannot be read"]),
-        (extended(b"17 size=-1024000\n") + member(), ["the size '-1024000'"]),
-        (extended(b"22 GNU.sparse.major=1\n") + member(), ["a sparse file"]),
-        (member()[:-1024], ["cut off"]),
-        (member()[:700], ["cut off"]),
-        (b"", ["cut off"]),
-        (gzip.compress(member()), ["cut off"]),
-        (gzip.compress(os.urandom(4000) + member()), ["no plain tar"]),
-        (b"garbage " * 200, ["no plain tar"]),
-        (header(b"a.pkl") + BODY + END, ["'a.pkl' is neither .txt nor .json"]),
-        (header(b"weights.pth") + BODY + END, ["'weights.pth' is neither .txt nor .json"]),
-        (header(b"a.txt.pyd") + BODY + END, ["'a.txt.pyd' is neither"]),
-        (header(b"noname") + BODY + END, ["'noname' is neither"]),
-        (header(b"../../x\x1b[2J.pickle") + BODY + END, [r"x\x1b[2J.pickle"]),
-    ],
-    ids=lambda value: value[0] if isinstance(value, list) else "",
-)  # fmt: skip
+REFUSED = [
+    (member(kind=b"1"), ["'a.txt' is a hard link"]),
+    (member(kind=b"2"), ["'a.txt' is a symbolic link", "only plain files"]),
+    (member(kind=b"3"), ["is a device"]),
+    (member(kind=b"6"), ["is a pipe"]),
+    (member(kind=b"S"), ["is a sparse file"]),
+    (member(kind=b"Z"), ["of the unknown type b'Z'"]),
+    (member(size=b"77777777777\0"), ["'a.txt' has 8,589,934,591 bytes; the limit is 67,108,864"]),
+    (member(size=b"\x80" + b"\x7f" * 11), ["bytes; the limit is"]),
+    (member(size=b"\xff" * 12), ["damaged (a member has the size"]),
+    (member(size=b"-0000000001\0"), ["damaged (a member has the size"]),
+    (member(size=b"0000000099z\0"), ["damaged (a member has the size"]),
+    (member(kind=b"x", size=b"77777777777\0"), ["the limit is 65,536"]),
+    (member(kind=b"L", size=b"77777777777\0"), ["the limit is 65,536"]),
+    (member(kind=b"x"), ["an extended header that cannot be read"]),
+    (extended(b"17 size=-1024000\n") + member(), ["the size '-1024000'"]),
+    (extended(b"22 GNU.sparse.major=1\n") + member(), ["a sparse file"]),
+    (member()[:-1024], ["cut off"]),
+    (member()[:700], ["cut off"]),
+    (b"", ["cut off"]),
+    (gzip.compress(member()), ["cut off"]),
+    (gzip.compress(os.urandom(4000) + member()), ["no plain tar"]),
+    (b"garbage " * 200, ["no plain tar"]),
+    (header(b"a.pkl") + BODY + END, ["'a.pkl' is neither .txt nor .json"]),
+    (header(b"weights.pth") + BODY + END, ["'weights.pth' is neither .txt nor .json"]),
+    (header(b"a.txt.pyd") + BODY + END, ["'a.txt.pyd' is neither"]),
+    (header(b"noname") + BODY + END, ["'noname' is neither"]),
+    (header(b"../../x\x1b[2J.pickle") + BODY + END, [r"x\x1b[2J.pickle"]),
+]
+"""Tars, and words of what is said of each."""
+
+
+@pytest.mark.parametrize(("content", "words"), REFUSED, ids=lambda value: value[0] if isinstance(value, list) else "")
 def test_a_tar_with_anything_but_plain_text_is_refused(
     tmp_path: Path, says: Any, content: bytes, words: list[str]
 ) -> None:
     (tmp_path / "a.tar").write_bytes(content)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DataError) as error:
         read_all(tmp_path / "a.tar")
     says(error, "a.tar", *words)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+
+
+def test_no_tar_takes_memory_for_what_it_only_says_to_hold(tmp_path: Path) -> None:
+    tars = [tmp_path / f"{number}.tar" for number in range(len(REFUSED))]
+    for tar, (content, _) in zip(tars, REFUSED):
+        tar.write_bytes(content)
+    said, kib = memory_to_read(*tars)
+    assert all(line.startswith("refused: ") for line in said), said
+    assert kib < 200_000
 
 
 def test_nothing_in_a_tar_is_executed_or_extracted(tmp_path: Path) -> None:

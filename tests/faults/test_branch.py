@@ -227,6 +227,10 @@ def test_what_makes_it_another_run_is_refused_until_it_is_allowed_and_then_recor
     assert load(RunConfig, [run.config]).train.batch_rows == 4
     assert sorted(losses(run)) == list(range(1, 11))
     assert newest_readable(run).facts["data"]["rows"] == 5 * 8 + 5 * 4
+    rows = run.steps()
+    assert [rows[step]["tokens"] for step in (5, 6, 10)] == [32 * n for n in (5 * 8, 5 * 8 + 4, 5 * 8 + 5 * 4)]
+    with pytest.raises(ConfigError, match=r"the 10 before had 1,920; set train\.steps instead"):
+        train(config, "train.tokens=20000", "train.batch_rows=4")
     # from then on it is part of the run
     train(config, "train.steps=12", "train.batch_rows=4")
     with pytest.raises(ConfigError, match=r"train\.batch_rows: 4 → 8"):
@@ -257,6 +261,20 @@ def test_a_branch_may_freeze_a_model_and_train_a_part_that_it_did_not_have(confi
     # what was frozen has no moments to be trained with
     with pytest.raises(DataError, match=r"the checkpoint holds no exp_avg of embed\.weight"):
         train(config, "run.name=thawed", *steps[1:2], "train.steps=20", branch=["other"])
+
+
+@pytest.mark.parametrize(
+    ("words", "rows"), [(["run.seed=1"], 8), (["data.window=1"], 8), (["model.length=16"], 8), (["optim.lr=1e-3"], 88)]
+)
+def test_a_branch_whose_rows_are_numbered_otherwise_reads_from_the_beginning_and_says_so(config, words, rows):
+    train_small(config)
+    other = train(config, "run.name=other", "train.steps=11", *words, branch=["small@10"])
+    assert newest_readable(other).facts["data"]["rows"] == rows
+    told = events(other, "data")
+    assert len(told) == (rows == 8)
+    assert all(said.endswith("lists from the beginning") for said in told)
+    length = 16 if words == ["model.length=16"] else 32
+    assert other.steps()[11]["tokens"] == 80 * 32 + 8 * length, "all that it was trained on, before and after"
 
 
 @pytest.mark.parametrize("words", [["model.depth=3"], ["model.logits.hidden=8"], ["model.wrap.passes=2"]])

@@ -67,7 +67,8 @@ def until_over(cluster, monkeypatch, run):
 
 def test_a_killed_rank_is_started_again_and_a_second_submission_attaches(cluster, tiny, undisturbed, monkeypatch):
     words = ("engine.zero=3", "launch.ray.placement=spread")
-    run = submit(cluster, tiny, *words, env={"LEVIATHAN_FAULT": "step.before_update:1:12"})
+    # where rank 1 begins to save step 15, rank 0 has waited until that of step 10 is committed
+    run = submit(cluster, tiny, *words, env={"LEVIATHAN_FAULT": "save.begin:1:15"})
     again = start_leviathan(
         "submit", "ray", tiny, "--ranks", 2, "--address", cluster.dashboard, *words, env=cluster.env
     )
@@ -78,8 +79,7 @@ def test_a_killed_rank_is_started_again_and_a_second_submission_attaches(cluster
     assert len(events(run, "preflight")) == 1
     (fault,) = events(run, "fault")
     assert fault.startswith("rank 1 (host ") and "SIGKILL" in fault and job.number in fault
-    (restart,) = events(run, "restart")
-    assert restart.startswith("restart 1/∞ from step 10, ")
+    assert events(run, "restart") == ["restart 1/∞ from step 10, 5 steps to redo"]
     assert f"run tiny is Ray job {job.number}" in out
     assert again.returncode == 0, err
     assert "trained to step 20" in out
@@ -102,12 +102,18 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(cluster, tiny, un
     assert_same(run, undisturbed(2))
 
 
-def test_a_run_shrinks_with_its_cluster_and_grows_again_on_the_same_rows(cluster, tiny, undisturbed, monkeypatch):
-    rests = {"LEVIATHAN_FAULT": "step.before_forward:0:7:sleep=20,step.before_forward:0:13:sleep=35"}
-    elastic = ("launch.ray.min_ranks=1", "launch.ray.resize_s=4", "launch.hang_s=60")
-    run = submit(cluster, tiny, *QUIET, *elastic, env=rests)
+def test_a_run_shrinks_with_its_cluster_and_grows_again_on_the_same_rows(
+    cluster, tiny, undisturbed, monkeypatch, tmp_path
+):
+    noticed, never = tmp_path / "noticed", tmp_path / "never"
+    # the second rest ends with its rank: to begin again with one more, Ray Train kills those that there are
+    rests = f"step.before_forward:0:7:until={noticed},step.before_forward:0:13:until={never}"
+    elastic = ("launch.ray.min_ranks=1", "launch.ray.resize_s=4", "launch.hang_s=300")
+    run = submit(cluster, tiny, *QUIET, *elastic, env={"LEVIATHAN_FAULT": rests})
     wait_until(lambda: len(run.steps()) >= 7, seconds=JOB_S)
     cluster.drain(2)
+    wait_until(lambda: events(run, "signal"), seconds=60)
+    noticed.touch()
     wait_until(lambda: len(events(run, "launch")) >= 2, seconds=JOB_S)
     cluster.kill(2)
     wait_until(lambda: len(run.steps()) >= 13, seconds=JOB_S)
@@ -138,7 +144,9 @@ def test_a_wrong_configuration_ends_the_job_at_once(cluster, tiny, monkeypatch):
 
 
 def test_a_run_that_is_asked_to_stop_saves_and_its_next_job_goes_on(cluster, tiny, undisturbed, monkeypatch):
-    run = submit(cluster, tiny, *QUIET, env={"LEVIATHAN_FAULT": "step.before_forward:0:12:sleep=5"})
+    # until it is asked to; such a rest is no hang, however long that takes
+    rest = f"step.before_forward:0:12:until={RunFolder(tiny.parent / 'runs' / 'tiny').stop_request}"
+    run = submit(cluster, tiny, *QUIET, "launch.hang_s=60", env={"LEVIATHAN_FAULT": rest})
     wait_until(lambda: len(run.steps()) >= 12, seconds=JOB_S)
     stopped = leviathan("stop", run.path, env=cluster.env)
     assert stopped.code == 0, stopped.err

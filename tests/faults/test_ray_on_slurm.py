@@ -65,12 +65,16 @@ def test_the_exit_code_of_a_run_is_that_of_the_job(cluster, tiny):
     assert not ray_processes(cluster)
 
 
-def test_before_its_time_is_over_a_job_with_ray_saves_and_is_queued_again(cluster, tiny, undisturbed):
-    slow = {"LEVIATHAN_FAULT": "step.before_forward:0:12:sleep=6"}
-    run, job = submit(cluster, tiny, "launch.slurm.ray=true", "launch.preflight=false", env=slow)
+def test_before_its_time_is_over_a_job_with_ray_saves_and_is_queued_again(cluster, tiny, undisturbed, tmp_path):
+    asked = tmp_path / "asked"
+    slow = {"LEVIATHAN_FAULT": f"step.before_forward:0:12:until={asked}"}
+    words = ("launch.slurm.ray=true", "launch.preflight=false", "launch.hang_s=60")
+    run, job = submit(cluster, tiny, *words, env=slow)
     wait_until(lambda: len(run.steps()) >= 12, seconds=150)
     assert len(ray_processes(cluster)) > 2, "what must be gone afterwards is there now"
     cluster.run("scancel", "--batch", "--signal=USR1", job)
+    wait_until(lambda: len(events(run, "signal")) == 1, seconds=50)
+    asked.touch()
     wait_until(lambda: len(events(run, "requeue")) == 1, seconds=60)
     assert_ended(cluster, run, job)
     assert cluster.restarts(job) == 1

@@ -14,7 +14,7 @@ import pytest
 
 from pretrain.beacon import NONCE_BYTES, RECORD
 from tests.conftest import events, wait_until
-from tests.mini_slurm import MiniSlurm, missing
+from tests.mini_slurm import MISSED_S, MiniSlurm, missing
 from tests.small_job import JOB_S, QUICK, assert_ended, assert_same, processes_of, submit
 
 pytestmark = [
@@ -75,9 +75,9 @@ def test_where_no_node_is_left_over_a_job_waits_for_the_dead_one(tiny, undisturb
 
 def test_a_job_whose_nodes_slurm_has_lost_count_of_is_queued_again(tiny, undisturbed, tmp_path):
     # Slurm asks a dead node to end its job until it answers. Here it answers when the job runs there again, and Slurm
-    # takes that for the new start's end; only then does the supervisor begin.
+    # takes that for the new start's end; only then does the supervisor of that start, the second one, begin.
     late = tmp_path / "late.sh"
-    late.write_text("sleep 5\n")
+    late.write_text('if [ "${SLURM_RESTART_COUNT:-0}" = 1 ]; then sleep 5; fi\n')
     with MiniSlurm(2, apart=True) as cluster:
         run, job = submit_and_rest(cluster, tiny, f"launch.slurm.env_file={late}")
         cluster.network.kill(2)
@@ -100,7 +100,7 @@ def test_a_node_that_comes_back_before_slurm_has_missed_it_goes_on_in_the_same_j
         run, job = submit_and_rest(cluster, tiny)
         cluster.network.kill(2)
         wait_until(lambda: any("does not answer" in said for said in events(run, "warning")), seconds=90)
-        time.sleep(5)
+        time.sleep(3)
         assert len(events(run, "launch")) == 1, "no rank is started while a node is away"
         cluster.start_node(2)
         assert_undisturbed(cluster, run, job, undisturbed)
@@ -114,7 +114,9 @@ def test_a_first_node_that_comes_back_before_slurm_has_missed_it_begins_the_job_
     with MiniSlurm(2, apart=True, timeout_s=LONG_S) as cluster:
         run, job = submit_and_rest(cluster, tiny, env={"LEVIATHAN_FAULT": "step.before_forward:0:12:sleep=90"})
         cluster.network.kill(1)
-        time.sleep(20)  # while a job is younger than this, Slurm misses no batch script
+        # Slurm counts from the job's last step, which began just after its launch was told, and in whole seconds
+        (launched,) = (event["time"] for event in run.history() if event["event"] == "launch")
+        time.sleep(max(0.0, launched + MISSED_S + 3 - time.time()))
         cluster.start_node(1)
         wait_until(lambda: cluster.restarts(job) == 1, seconds=90)
         assert_undisturbed(cluster, run, job, undisturbed)
@@ -122,7 +124,7 @@ def test_a_first_node_that_comes_back_before_slurm_has_missed_it_begins_the_job_
 
 def test_a_cable_that_is_out_for_a_while_costs_no_more_than_a_restart(tiny, undisturbed):
     with MiniSlurm(2, apart=True, timeout_s=LONG_S) as cluster:
-        run, job = submit_and_rest(cluster, tiny)
+        run, job = submit_and_rest(cluster, tiny, "launch.hang_s=5")
         cluster.network.cut(2)
         wait_until(lambda: any("does not answer" in said for said in events(run, "warning")), seconds=90)
         cluster.network.mend(2)
@@ -182,10 +184,11 @@ print("wrote", flush=True)
 """
 
 
-def test_strangers_are_never_counted_as_ranks(tiny, undisturbed):
+def test_strangers_are_never_counted_as_ranks(tiny, undisturbed, tmp_path):
+    spoken = tmp_path / "spoken"
     with MiniSlurm(2, apart=True) as cluster:
-        rest = {"LEVIATHAN_FAULT": "step.before_forward:0:12:sleep=15"}
-        run, job = submit(cluster, tiny, QUICK, "launch.hang_s=60", env=rest)
+        rest = {"LEVIATHAN_FAULT": f"step.before_forward:0:12:until={spoken}"}
+        run, job = submit(cluster, tiny, QUICK, "launch.hang_s=120", env=rest)
         wait_until(lambda: len(_ranks(run)) == 2, seconds=JOB_S)
         told = min(_ranks(run), key=lambda rank: int(rank["RANK"]))
         assert told["MASTER_ADDR"] == cluster.network.address(1)
@@ -197,6 +200,7 @@ def test_strangers_are_never_counted_as_ranks(tiny, undisturbed):
         assert "wrote" in spoke.stdout, "the stranger did not get through: there is nothing to withstand"
         host, port, nonce = told["LEVIATHAN_BEACON"].rsplit(":", 2)
         _send_datagrams((host, int(port)), bytes.fromhex(nonce))
+        spoken.touch()  # the rank rests a second longer: whoever believed a datagram finds a hang meanwhile
         assert_undisturbed(cluster, run, job, undisturbed)
         held.close()
     assert not events(run, "fault", "restart")

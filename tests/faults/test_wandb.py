@@ -15,7 +15,7 @@ from pretrain.metrics import read_offline_steps
 from pretrain.run_folder import RunFolder, read_lines
 from tests.conftest import events, leviathan, losses, start_leviathan, wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(400)]
 KEY = "0123456789abcdef" * 2 + "01234567"
 
 
@@ -110,7 +110,10 @@ def test_a_server_out_of_reach_costs_no_step_and_the_run_is_logged_offline(tiny,
     done = leviathan("train", tiny, "--ranks", 2, "log.wandb=online", env=env)
     run = run_of(tiny)
     assert done.code == 0, done.err
-    assert seconds_to_the_first_step(run) < seconds_to_the_first_step(undisturbed) + 15
+    # W&B is given up after 15 s, so on a slow machine only the order of the two shows that no step waited for it
+    given_up = next(event["time"] for event in run.history() if event["event"] == "warning")
+    assert next(read_lines(run.metrics))["time"] < given_up
+    assert seconds_to_the_first_step(run) < seconds_to_the_first_step(undisturbed) + 45
     assert done.seconds < 90
     assert losses(run) == losses(undisturbed)
     assert_drawn_once(run, 20)

@@ -27,7 +27,7 @@ def cpu_of_children() -> float:
 def test_help_lists_every_verb_and_none_that_does_not_work_yet():
     before = cpu_of_children()
     done = leviathan("--help")
-    assert cpu_of_children() - before <= 0.5
+    assert cpu_of_children() - before <= 1.0
     assert done.code == 0
     for verb in VERBS:
         assert f" {verb} " in done.out

@@ -5,11 +5,26 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
 from configs.errors import ConfigError
 from launcher.snapshot import check_code, keep_code
+from tests.conftest import ROOT
+
+JOBS_BEGIN_WITH = ("launcher.cli", "launcher.on_slurm", "launcher.supervise", "pretrain.run")
+LOADED = """
+import importlib, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+packages = {name.partition(".")[0] for name in sys.argv[1:]}
+for name, module in list(sys.modules.items()):
+    if name.partition(".")[0] in packages:
+        print(name, module.__file__)
+"""
+"""Imports what it is given, and says of every module of the same packages which file it is."""
 
 
 @pytest.fixture
@@ -18,10 +33,15 @@ def copy(tmp_path):
 
 
 def test_a_copy_runs_by_itself_wherever_one_stands(copy, tmp_path):
-    words = [sys.executable, "-P", "-c", "import launcher.cli, pretrain, sys; print(launcher.cli.__file__)"]
+    # the packages that are installed, or one that is missing in the copy would be taken from there unnoticed
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    words = [sys.executable, "-P", "-c", LOADED, *packages, *JOBS_BEGIN_WITH]
     elsewhere = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(copy)}}
     done = subprocess.run(words, **elsewhere, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.strip() == str(copy / "launcher" / "cli.py")
+    loaded = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert loaded.keys() >= {*packages, *JOBS_BEGIN_WITH}
+    assert loaded["launcher.cli"] == str(copy / "launcher" / "cli.py")
+    assert not {name: file for name, file in loaded.items() if not Path(file).is_relative_to(copy)}
     assert (copy / "configs" / "base.yaml").is_file()
     assert (copy / "slurm" / "job.sbatch").is_file()
 

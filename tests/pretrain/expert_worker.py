@@ -12,7 +12,7 @@ from pretrain.layout import Layout
 from tests.pretrain.engine_worker import LENGTH, batches, engine_of, files_of, whole_state
 from tests.ranks import work
 
-MOE = {"experts": 4, "balance_loss": 0.05, "z_loss": 0.01}
+MOE = {"experts": 4, "shared": 1, "z_loss": 0.01}
 ROWS_AT_ONCE = 2
 """Of every run: auxiliary losses are means over a micro-batch."""
 
@@ -21,9 +21,10 @@ def make(
     stage: str, ep: int = 1, precision: str = "fp32", recompute: bool = False, clip: float = 0.3, **options: object
 ) -> Engine:
     """An engine over a small mixture with biases and shared experts, clipped in every step."""
+    by_loss = {"balance_loss": 0.05} if options.get("balance", "loss") == "loss" else {}
     model = ModelConfig(
         width=20, depth=2, length=LENGTH, bias=True, mixers=(PartConfig(name="attention", options={"heads": 2}),),
-        channel=PartConfig(name="moe", options={**MOE, "shared": 1, **options}),
+        channel=PartConfig(name="moe", options={**MOE, **by_loss, **options}),
     )  # fmt: skip
     # a larger epsilon: Adam would make steps of the rounding of gradients that are zero, as of a bias of keys
     optim = OptimConfig(lr=5e-3, clip=clip, eps=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import json
 import os
@@ -202,16 +203,16 @@ def test_reading_from_outside_changes_nothing(folder):
 
 
 def test_all_ranks_files_make_one_checkpoint_and_a_missing_one_makes_none(folder):
-    config = CheckpointConfig(commit_timeout_s=0.5)
-    stores = [CheckpointStore(folder, rank(r, 2), config) for r in range(2)]
+    stores = [CheckpointStore(folder, rank(r, 2), CheckpointConfig()) for r in range(2)]
     halves = [EngineState(state_of(1).fragments[2 * r :: 3], {}, 1) for r in range(2)]
     for store, half in zip(stores, halves):
         store.save(1, half, {})
     for store in stores:
         store.wait()
     assert folder.committed_steps() == [1]
-    stores[0].save(2, halves[0], {})
-    stores[0].wait()
+    hasty = CheckpointStore(folder, rank(0, 2), CheckpointConfig(commit_timeout_s=0.5))
+    hasty.save(2, halves[0], {})
+    hasty.wait()
     assert folder.committed_steps() == [1]
     assert "no file from rank [1] within" in events(folder, "save_failed")[0]
     assert not list(folder.checkpoints.glob("*.draft*"))
@@ -362,7 +363,18 @@ def test_a_snapshot_is_touched_memory_and_refuses_other_fragments(tmp_path):
         snapshot.write(tmp_path / "g")
 
 
+def code_of(source):
+    """The text of a program without its comments, and without strings that nothing is done with: its docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value = ast.Constant(None)
+    return ast.unparse(tree)
+
+
 def test_nothing_in_the_project_unpickles():
+    assert "pickle.loads(" in code_of("value = pickle.loads(content)")
+    assert "pickle" not in code_of('"""Not by pickle."""\ncount = 1  # nor by pickle')
     root = Path(__file__).parents[2]
     words = (
         "pickle",
@@ -377,6 +389,6 @@ def test_nothing_in_the_project_unpickles():
     )
     for package in ("configs", "data_pipeline", "pretrain", "launcher"):
         for path in (root / package).rglob("*.py"):
-            code = "\n".join(line.partition("#")[0] for line in path.read_text().splitlines())
+            code = code_of(path.read_text())
             found = [word for word in words if word in code]
-            assert found in ([], ["pickle"]) and (not found or '"""' in code), f"{path}: {found}"
+            assert not found, f"{path}: {found}"

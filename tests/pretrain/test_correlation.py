@@ -419,9 +419,17 @@ def test_exponentials_begin_with_memories_of_one_token_to_a_thousand():
         ({"corr": "lagbank", "window": 0}, "window is 0; it must be > 0"),
         ({"corr": "seed"}, "corr is 'seed', not one of lag, iir, prefix_mean, lagbank, fft"),
         ({"corr": "fft", "lag_channelwise": False}, "lag_channelwise does not belong to corr fft, which takes n_exp"),
+        ({"corr": "fft_self", "rope_base": 1e4}, "rope_base does not belong to corr fft_self, which rotates nothing"),
     ],
 )  # fmt: skip
 def test_an_option_of_another_form_is_told_in_one_sentence(options, told):
     with pytest.raises(ConfigError, match=told) as error:
         make("correlation", options, Site(LENGTH, LENGTH, 0, 2))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("corr", ["fft", "fft_self"])
+def test_what_is_not_rotated_may_have_heads_of_odd_width(corr):
+    assert make("correlation", {"corr": corr, "heads": 4}, Site(12, LENGTH, 0, 2)).head_width == 3
+    with pytest.raises(ConfigError, match="heads of width 3 cannot be rotated"):
+        make("correlation", {"heads": 4}, Site(12, LENGTH, 0, 2))

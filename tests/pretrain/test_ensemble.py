@@ -11,47 +11,16 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.errors import ConfigError, UsageError
-from configs.load import Layers
-from configs.load import build as checked
-from data_pipeline.batch import IGNORE, Batch
-from pretrain.config import ModelConfig
+from data_pipeline.batch import IGNORE
 from pretrain.ensemble.coupling import Coupling
 from pretrain.layout import Layout
 from pretrain.members import members_of
 from pretrain.models.build import build
 from pretrain.models.language_model import LanguageModel
-from tests.contract.cases import noise, packed, piece, shaken, tokens
+from tests.contract.cases import noise, packed, piece, tokens
+from tests.pretrain.ensembles import FUSIONS, LENGTH, MODULES, ROWS, VOCAB, WIDTH, batch_of, config_of, make
 
-ROWS, LENGTH, VOCAB, WIDTH = 3, 48, 61, 16
-MODULES = ["one", "two", "three", "four"]
-FUSIONS = ["mhc", "posterior", "uniform"]
 over_fusions = pytest.mark.parametrize("fusion", FUSIONS)
-
-
-def config_of(modules=MODULES, **ensemble):
-    mixers = [{"name": "correlation", "options": {"heads": 2, "lags": 2}}]
-    own = {"couple_heads": 2, "couple_lags": 2, "width": 16, "heads": 2, "lags": 2, "top": min(2, len(modules))}
-    keys = {key: ensemble.pop(key) for key in list(ensemble) if key in ModelConfig.model_fields}
-    return checked(
-        ModelConfig,
-        Layers({"width": WIDTH, "depth": 2, "length": LENGTH, "mixers": mixers, **keys,
-                "ensemble": {"modules": list(modules), **own, **ensemble}}),
-    )  # fmt: skip
-
-
-def make(modules=MODULES, **ensemble):
-    """An ensemble in float64 with random parameters, none of them zero."""
-    model = shaken(build(config_of(modules, **ensemble), VOCAB).to_empty(device="cpu"))
-    model.know_sources(modules)
-    return model
-
-
-def batch_of(layout: Layout, source=(0, 1, 2)) -> Batch:
-    ids = tokens(rows=ROWS, length=LENGTH + 1)
-    last = torch.diff(layout.doc_BT, append=layout.doc_BT[:, -1:]) != 0
-    targets = ids[:, 1:].masked_fill(last, IGNORE)
-    count = int((targets != IGNORE).sum())
-    return Batch(ids[:, :-1], targets, layout.doc_BT, layout.pos_BT, torch.tensor(source), count, True)
 
 
 @over_fusions
@@ -236,31 +205,6 @@ def test_relevance_is_the_attention_that_modules_get_and_keeps_the_top():
     torch.testing.assert_close(kept, expected.permute(2, 0, 1), rtol=0, atol=1e-12)
 
 
-def test_frozen_modules_keep_their_values_and_the_fusion_learns():
-    for freeze, moved in (("modules", "fusion."), ("embeddings", "")):
-        model = make(fusion="mhc", freeze=freeze, top=4).train()
-        model(batch_of(packed())).total.backward()
-        for name, p in model.named_parameters():
-            frozen = name.startswith("models.") if freeze == "modules" else name.startswith("models.embed")
-            assert (p.grad is None) == frozen, name
-            assert frozen or name.startswith(moved)
-
-
-def test_the_joint_loss_knows_the_domain_of_a_source_and_forgets_it_over_the_steps():
-    batch = batch_of(packed(), source=(0, 1, 3))
-    plain = make(fusion="mhc", own_loss=0.0, domain_loss=0.0, balance_loss=0.0, top=4).train()
-    mixture = plain(batch).total
-    told = make(fusion="mhc", own_loss=0.0, domain_loss=0.5, domain_steps=10, balance_loss=0.0, top=4).train()
-    log_pi = plain._relevance(plain.models(batch.tokens_BT, packed())[0], packed(), None)[0]
-    counted = (batch.targets_BT != IGNORE) & (batch.pos_BT >= 16)
-    extra = -sum((log_pi[m, row] * counted[row]).sum() for row, m in enumerate((0, 1, 3)))
-    torch.testing.assert_close(told(batch).total - mixture, 0.5 * extra)
-    told.begin_step(5)
-    torch.testing.assert_close(told(batch).total - mixture, 0.25 * extra)
-    told.begin_step(10)
-    torch.testing.assert_close(told(batch).total, mixture)
-
-
 def test_measures_tell_relevance_and_loss_of_each_module_by_source():
     model, batch = make(fusion="mhc"), batch_of(packed(), source=(0, 2, 2))
     named = dict(zip(model.measure_names(), model(batch).measures.tolist()))
@@ -342,21 +286,6 @@ def test_any_blocks_serve_as_models_of_an_ensemble(variant):
     after = model.logits(changed, layout)
     torch.testing.assert_close(after[0, :20], whole[0, :20], rtol=0, atol=1e-12)
     torch.testing.assert_close(after[1:], whole[1:], rtol=0, atol=1e-12)
-
-
-@over_fusions
-def test_bf16_stays_near_float64(fusion):
-    exact, low, batch = make(fusion=fusion, top=4), make(fusion=fusion, top=4).bfloat16(), batch_of(packed())
-    with torch.no_grad():
-        for p, q in zip(exact.parameters(), low.parameters()):
-            p.copy_(q)
-    totals = [model(batch).total for model in (exact, low)]
-    for total in totals:
-        total.backward()
-    whole, near = (total.item() for total in totals)
-    assert near == pytest.approx(whole, rel=2e-2)
-    a, b = (torch.cat([p.grad.double().flatten() for p in model.parameters()]) for model in (exact, low))
-    assert (a - b).norm() / a.norm() < 5e-2
 
 
 def test_torch_can_compile_all_models_as_one_graph():

@@ -18,6 +18,7 @@ from data_pipeline.config import DataConfig, SourceConfig
 from launcher.texts import evaluate_run
 from pretrain.evaluate import HeldOut, evaluate
 from pretrain.layout import Layout
+from pretrain.model import LossParts
 from pretrain.parallel import Ranks
 from pretrain.run_folder import RunFolder, read_lines
 from pretrain.trained import Trained, evaluate_trained, load_trained
@@ -91,9 +92,41 @@ def test_ranks_share_the_rows_and_have_equally_many_batches(trained):
     whole = heldout(trained)
     shares = [list(whole.batches(Ranks(rank, 3, 0, "here"), 4)) for rank in range(3)]
     assert len({len(share) for share in shares}) == 1
-    assert {tuple(batch.tokens_BT.shape) for share in shares for batch in share} == {(4, 32)}
+    rows = [len(batch.tokens_BT) for share in shares for batch in share]
+    # a rank that has nothing left has one row that does not count
+    assert sum(rows) == len(whole.rows) + sum(not (b.targets_BT != IGNORE).any() for share in shares for b in share)
+    assert max(rows) == 4
     counted = sum(int((batch.targets_BT != IGNORE).sum()) for share in shares for batch in share)
     assert counted == evaluate_trained(trained, rows=None, batch_rows=16)["tokens"]
+
+
+class Told:
+    """A model that tells how many rows it was given."""
+
+    def __call__(self, batch):
+        rows = torch.tensor([float(len(batch.tokens_BT))])
+        return LossParts(torch.zeros(()), torch.zeros(batch.tokens_BT.shape), rows)
+
+
+@pytest.mark.parametrize(("rows", "batch_rows"), [(11, 16), (11, 4), (1, 3)])
+def test_what_a_model_tells_is_of_real_rows_alone(trained, rows, batch_rows):
+    told = []
+    evaluate(
+        Told(), heldout(trained, rows), trained.dataset.tokenizer.byte_lengths, ALONE, batch_rows=batch_rows,
+        told_by=lambda measures: told.append(list(measures)) or {},
+    )  # fmt: skip
+    assert told == [[2.0 * rows]]
+
+
+def test_a_rank_without_rows_tells_nothing(trained, monkeypatch):
+    told = []
+    monkeypatch.setattr("pretrain.evaluate.sum_over_ranks", lambda sums: sums)
+    monkeypatch.setattr("pretrain.evaluate._figures", lambda *sums: {})  # there is nothing to divide by
+    evaluate(
+        Told(), heldout(trained, 1), trained.dataset.tokenizer.byte_lengths, Ranks(2, 3, 0, "here"), batch_rows=1,
+        told_by=lambda measures: told.append(list(measures)) or {},
+    )  # fmt: skip
+    assert told == [[0.0]]
 
 
 def test_fewer_rows_are_spread_over_all_of_a_source_and_always_the_same(trained):

@@ -158,3 +158,11 @@ def test_many_members_run_at_once():
     together = torch.func.vmap(lambda p, x: torch.func.functional_call(members[0], p, (x, layout))[0])(params, x)
     alone = torch.stack([member(row, layout)[0] for member, row in zip(members, x)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-12)
+
+
+def test_a_narrow_model_still_learns_its_kernels():
+    mix = mixer.make("involution", {}, Site(4, 16, 0, 1)).double()
+    initialise(mix, 0)
+    x = noise(2, 16, 4)
+    (mix(x, Layout.single(2, 16))[0] * noise(2, 16, 4, seed=1)).sum().backward()
+    assert mix.squeeze.weight.grad.norm() > 1e-4 * mix.kernel.weight.grad.norm()

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from configs.errors import CannotGoOnError, ConfigError
+from data_pipeline.files import write_whole
 from pretrain import lease as leases
 from pretrain.lease import Lease
 from tests.conftest import wait_until
@@ -91,10 +93,13 @@ def test_another_hosts_lease_is_watched_not_believed(tmp_path, monkeypatch):
     assert mine.take() == 5
     mine.release()
     (tmp_path / "lease.json").write_text(json.dumps(facts))
-    script = f"import time, pathlib; time.sleep(.2); pathlib.Path({str(tmp_path / 'lease.json')!r}).write_text("
-    script += f"{json.dumps(facts | {'renewals': 4})!r})"
-    with subprocess.Popen([sys.executable, "-c", script]), pytest.raises(ConfigError, match="on elsewhere since"):
+    monkeypatch.setattr(leases, "STALE_S", 10)
+    renewed = json.dumps(facts | {"renewals": 4}).encode()
+    renewal = threading.Timer(0.2, write_whole, (tmp_path / "lease.json", renewed))
+    renewal.start()
+    with pytest.raises(ConfigError, match="on elsewhere since"):
         Lease(tmp_path).take()
+    renewal.join()
 
 
 def test_numbers_only_grow(tmp_path):
@@ -124,8 +129,7 @@ def test_it_is_renewed_while_it_is_held(tmp_path, monkeypatch):
     monkeypatch.setattr(leases, "RENEW_S", 0.05)
     lease = Lease(tmp_path)
     lease.take()
-    time.sleep(0.4)
-    assert json.loads((tmp_path / "lease.json").read_text())["renewals"] >= 3
+    wait_until(lambda: json.loads((tmp_path / "lease.json").read_text())["renewals"] >= 3, 20)
     lease.release()
 
 

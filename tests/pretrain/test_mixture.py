@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,19 @@ def test_two_models_of_a_module_begin_from_the_seeds_end_and_half(place):
             there = "models." + name.replace("blocks.0", "layers.0.blocks").replace("blocks.1", "layers.1.blocks")
             now = files.tensor(f"modules.lists.{which}.{there}")
             torch.testing.assert_close(now, began.tensor(name), rtol=0, atol=1e-20)
+
+
+def test_two_wrapped_models_of_a_module_begin_from_their_seed_too(shards, corpus, tmp_path):
+    write_ensemble(tmp_path, shards, corpus)
+    words = ("model.ensemble.fusion=mhc", "model.wrap.passes=2", "modules.lr=1e-30", "train.steps=1")
+    assert train(tmp_path, *words) == ["duo-seed", "duo-letters", "duo-lists", "duo"]
+    began = open_files(newest_readable(run_of(tmp_path, "duo-seed"), SEED_STEPS))
+    files = open_files(newest_readable(run_of(tmp_path, "duo-lists")))
+    assert any(name.startswith("blocks.shifts.") for name in began.shapes)
+    for name in began.shapes:
+        there = re.sub(r"^blocks\.inner\.(\d+)", r"layers.\1.blocks", name.replace("blocks.shifts", "shifts"))
+        now = files.tensor(f"modules.lists.a.models.{there}")
+        torch.testing.assert_close(now, began.tensor(name), rtol=0, atol=1e-20)
 
 
 def test_experts_are_the_models_and_all_else_is_their_mean(place):

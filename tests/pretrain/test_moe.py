@@ -92,10 +92,20 @@ def test_a_loop_over_tokens_and_the_form_without_dynamic_shapes_give_the_same(op
         p = torch.softmax(moe.router.weight @ flat[n], dim=-1).detach()
         best = sorted(range(len(p)), key=lambda e: -float(p[e]))[: moe.config.top_k]
         one, layout = flat[n].view(1, 1, -1), Layout.single(1, 1)
-        expected = sum(p[e] / p[best].sum() * plain[e](one, layout)[0] for e in best)
+        # of one alone the share would be 1
+        whole = p[best].sum() if len(best) > 1 else 1.0
+        expected = sum(p[e] / whole * plain[e](one, layout)[0] for e in best)
         if moe.shared is not None:
             expected = expected + moe.shared(one[0], torch.tensor([1]))
         torch.testing.assert_close(y.flatten(0, 1)[n], expected.flatten(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("balance", ["none", "bias"])
+def test_a_router_that_chooses_one_expert_learns_from_the_output_alone(balance):
+    moe = make(experts=4, top_k=1, balance=balance, z_loss=0.0)
+    y, _ = moe(noise(ROWS, LENGTH, WIDTH), LAYOUT)
+    y.square().sum().backward()
+    assert moe.router.weight.grad.norm(dim=1).min() > 1e-3
 
 
 def test_gradients_of_both_forms_are_the_same():
@@ -179,6 +189,13 @@ def test_without_measures_of_imbalance_no_bias_moves():
     assert moe.router.nudges.tolist() == [-1, 0, 0, 1]
 
 
+def test_a_frozen_router_keeps_its_biases():
+    moe = make(experts=4, balance="bias")
+    moe.router.requires_grad_(False)
+    moe.settle([9.0, 6.0, 6.0, 3.0, 1.0, 0.0])
+    assert moe.router.nudges.tolist() == [0, 0, 0, 0]
+
+
 def test_the_mean_that_decides_is_of_the_last_tokens_of_the_document():
     moe, x, layout = make(corr_router=3), noise(ROWS, LENGTH, WIDTH), packed()
     features = moe._features(x, moe.initial_state(ROWS, x), layout)
@@ -229,3 +246,24 @@ def test_mistakes_are_told():
         make(experts=2, top_k=3)
     with pytest.raises(ConfigError, match="balance: loss"):
         Members(lambda: channel.make("moe", {"balance": "bias"}, SITE), ["a"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"balance": "bias", "balance_loss": 0.1}, {"balance": "none", "balance_loss": 0.1},
+        {"balance": "loss", "bias_step": 0.1}, {"balance": "none", "bias_step": 0.1}, {"bias_step": 0.1},
+    ],
+)  # fmt: skip
+def test_options_that_would_do_nothing_are_refused(options):
+    with pytest.raises(ConfigError, match="does nothing with balance"):
+        make(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("mlp", {"mult": 0.01}), ("swiglu", {"mult": 0.01}), ("moe", {"mult": 0.1, "experts": 8, "top_k": 8})],
+)
+def test_a_hidden_width_of_zero_is_refused(name, options):
+    with pytest.raises(ConfigError, match="leaves no hidden unit; make mult"):
+        make(name, **options)

@@ -130,7 +130,9 @@ def test_the_auxiliary_loss_is_minus_the_entropy_of_attention_averaged_over_stre
         entropies += torch.special.entr(mean).sum(-1) / HEADS
     (told,) = model(x, layout).aux
     torch.testing.assert_close(told.loss, -0.5 * entropies.mean(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(told.measures, entropies.sum()[None], rtol=1e-12, atol=0)
+    torch.testing.assert_close(told.measures, torch.stack((entropies.sum(), torch.tensor(B * T).double())))
+    (figures,) = [m.figures(told.measures.tolist()) for m in model.modules() if hasattr(m, "talk_after")]
+    assert figures == {"entropy": pytest.approx(entropies.mean().item())}, "nats a token, whatever the batch"
     told.loss.backward()
     assert torch.isfinite(attention.qkv.weight.grad).all()
 
@@ -141,10 +143,10 @@ def test_the_model_adds_the_auxiliary_loss_and_names_what_it_measures():
     for diversity in (0.0, 0.5):
         model = shaken(build(config_of(heads=HEADS, diversity=diversity), VOCAB).to_empty(device="cpu"))
         losses.append(model(batch))
-    names = [f"blocks.layers.{n}.attention/entropy" for n in range(2)]
+    names = [f"blocks.layers.{n}.attention/{what}" for n in range(2) for what in ("entropy", "tokens")]
     assert model.measure_names() == names
     assert losses[0].measures is None
-    torch.testing.assert_close(losses[1].total, losses[0].total - 0.5 * losses[1].measures.sum())
+    torch.testing.assert_close(losses[1].total, losses[0].total - 0.5 * losses[1].measures[::2].sum())
     assert torch.equal(losses[0].loss_BT, losses[1].loss_BT)
 
 

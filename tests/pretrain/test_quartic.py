@@ -17,7 +17,7 @@ from pretrain.config import ModelConfig
 from pretrain.edges.linear import ColumnMixer, PrefixMixer, RowMixer
 from pretrain.edges.mixer import EdgeSizes
 from pretrain.edges.routed import DiagonalMixer, TopMixer
-from pretrain.edges.start import Rows
+from pretrain.edges.start import EdgeStart, Rows
 from pretrain.init import initialise
 from pretrain.layout import Layout
 from pretrain.models.build import build
@@ -298,3 +298,12 @@ def test_members_of_an_ensemble_may_be_quartic():
     )
     for member, value, got in zip(members, x, together):
         torch.testing.assert_close(got, member(value, layout).x_BTD, rtol=0, atol=1e-12)
+
+
+def test_in_bf16_most_distances_are_still_told_apart():
+    start = EdgeStart(config_of(), C).to_empty(device="cpu")
+    initialise(start, 0)
+    with torch.no_grad():
+        rel_SC = start.bfloat16()._relative(torch.zeros(1, 300, D, dtype=torch.bfloat16), 300)[-1]
+    # in bf16 there are 110 logarithms of them
+    assert len(rel_SC.unique(dim=0)) > 200
