@@ -34,7 +34,7 @@ class Layers:
 
     def origin(self, key: Key) -> str:
         """Where `key` was written, or the nearest section above it that was written anywhere."""
-        for end in range(len(key), 0, -1):
+        for end in range(len(key), -1, -1):
             if key[:end] in self.origins:
                 return str(self.origins[key[:end]])
         return "defaults"

@@ -122,7 +122,7 @@ def _check_shard(folder: Path, info: ShardInfo, vocab: int) -> list[str]:
         return [str(error)]
     last = tuple(map(int, ends[-1])) if len(ends) else (0, 0)
     problems = [
-        f"{what} of shard {info.name} is {found:,}, the manifest says {stated:,}; build it again"
+        f"{what} of shard {info.name} is {found:,}, the manifest says {stated:,}; delete it and build again"
         for what, found, stated in (
             ("the number of documents", len(ends), info.documents),
             ("the number of document names", len(names), info.documents),
@@ -133,7 +133,7 @@ def _check_shard(folder: Path, info: ShardInfo, vocab: int) -> list[str]:
         if found != stated
     ]
     if not info.documents:
-        problems.append(f"shard {info.name} has 0 documents; build it again")
+        problems.append(f"shard {info.name} has 0 documents; delete it and build again")
     if highest >= vocab:
         problems.append(f"shard {info.name} has the token id {highest}, the vocabulary ends at {vocab - 1}")
     return problems

@@ -282,7 +282,7 @@ class Shard:
     def _wrong(self, found: str, expected: str) -> DataError:
         return DataError(
             f"shard {self.path} is damaged or not the one that was built: found {found}, the manifest says {expected};"
-            " build or copy it again (`leviathan data check` lists all that are wrong)"
+            " delete it and build again, or copy it again (`leviathan data check` lists all that are wrong)"
         )
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from configs.errors import ConfigError
 from pretrain.run_folder import RunFolder
 
+_SHOWN = 6
+
 Origin = dict[str, Any]
 """{"run", "step"} of a branch; {"modules": {NAME: {"run", "step"}}} of an ensemble whose modules were trained alone;
 {"models": {MODULE.a: {"run", "step"}, …}} of a module that has a seed."""
@@ -60,8 +62,14 @@ def _settled(word: str, known: Origin | None, runs: Path, folder: RunFolder, beg
                 " another run.name"
             )
         return known
-    newest = max(other.committed_steps(), default=None)
-    if newest is None:
+    steps = sorted(other.committed_steps())
+    if not steps:
         raise ConfigError(f"--from {word}: run {other.name} has no checkpoint yet; branch when it has saved one")
+    if at and int(step) not in steps:
+        kept = ", ".join(map(str, steps[-_SHOWN:]))
+        raise ConfigError(
+            f"--from {word}: run {other.name} has no checkpoint of step {int(step)}, but of {kept}; name one of them"
+            " (checkpoint.keep_every says which are kept)"
+        )
     # a number even where none was asked for: the other run may go on before this one saves its first checkpoint
-    return {"run": place, "step": int(step) if at else newest}
+    return {"run": place, "step": int(step) if at else steps[-1]}

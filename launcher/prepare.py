@@ -32,6 +32,8 @@ from pretrain.registry import Registry
 from pretrain.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[1]
+_ELSEWHERE = {"launch", "engine", "log"}
+"""Sections that say where and how a run is done, not what is trained."""
 
 Changes = dict[str, tuple[Any, Any]]
 """Keys by dotted path, each with what it was and what it is now."""
@@ -67,11 +69,12 @@ def _parse(files: Sequence[str | Path], words: Sequence[str]) -> tuple[RunConfig
 
 
 def _check_parts(config: RunConfig, layers: Layers) -> None:
-    """Raise ConfigError with every mistake in the names and options of mixers."""
+    """Raise ConfigError with every mistake in the names and options of mixers, channel mixer and stack."""
     mistakes: list[str] = []
     for number, part in enumerate(config.model.mixers):
         _check_options(mistakes, layers, ("model", "mixers", number), part)
     _check_options(mistakes, layers, ("model", "channel"), config.model.channel)
+    _check_options(mistakes, layers, ("model", "stack"), config.model.stack)
     if mistakes:
         raise ConfigError("\n".join(mistakes))
 
@@ -128,9 +131,21 @@ def make_ready(
 
 
 def run_folder(config: RunConfig, files: Sequence[str | Path]) -> RunFolder:
-    """Where a run of this configuration lies: under its name, or the last file's and a hash of what must not change."""
-    name = config.run.name or f"{Path(files[-1]).stem if files else 'run'}-{short_hash(config)}"
+    """Where a run of this configuration lies: under its name, or one of a file and a hash of what must not change: of
+    the last file that says what is trained, so that the run is the same one wherever it is done."""
+    name = config.run.name or f"{_naming(files)}-{short_hash(_placed(config, _by_content))}"
     return RunFolder(Path(config.run.dir).expanduser() / name)
+
+
+def _naming(files: Sequence[str | Path]) -> str:
+    """What the file is called after which a run is."""
+    telling = [file for file in files if read([file]).tree.keys() - _ELSEWHERE]
+    return Path((telling or files)[-1]).stem if files else "run"
+
+
+def _by_content(file: Path) -> Path:
+    """A name for a file of the user's own: the same wherever it lies, another once it says something else."""
+    return Path(hashlib.sha256(file.read_bytes()).hexdigest()[:8], file.name) if file.is_file() else file
 
 
 def has_begun(folder: RunFolder) -> bool:
@@ -181,8 +196,9 @@ def _attempt(mistakes: list[str], make: Any) -> Any:
 
 def _check_options(mistakes: list[str], layers: Layers, key: tuple[str | int, ...], part: PartConfig) -> None:
     """Have a part's own configuration judge its options. That needs its file and so torch: only where it matters."""
-    from_channel = key[-1] == "channel"
-    kind, folder = ("channel mixer", "channels") if from_channel else ("mixer", "mixers")
+    kind, folder = {"channel": ("channel mixer", "channels"), "stack": ("stack", "stacks")}.get(
+        str(key[-1]), ("mixer", "mixers")
+    )
     if part.file is None:
         parts = Registry[Any](kind, ROOT / "pretrain" / folder, f"pretrain.{folder}")
         if part.name not in parts.names():
@@ -193,9 +209,9 @@ def _check_options(mistakes: list[str], layers: Layers, key: tuple[str | int, ..
             return
         if not part.options:
             return
-    from pretrain import channel, mixer
+    from pretrain import channel, mixer, stack
 
-    registry = channel.REGISTRY if from_channel else mixer.REGISTRY
+    registry: Registry[Any] = {"channels": channel.REGISTRY, "stacks": stack.REGISTRY}.get(folder, mixer.REGISTRY)
     try:
         entry = registry.entry(part.name, part.file)
         below = layers.under((*key, "options")) if part.options else Layers()
@@ -243,7 +259,7 @@ def _show(value: Any) -> str:
 
 
 def own_mixers(config: RunConfig, folder: RunFolder) -> tuple[RunConfig, dict[Path, bytes]]:
-    """The configuration as the run folder has it: mixers of the user's own lie there, in a folder named by their
+    """The configuration as the run folder has it: parts of the user's own lie there, in a folder named by their
     content, so that every node has them and a changed one is another mixer. Also what to write there, by path."""
     copies: dict[Path, bytes] = {}
 
@@ -262,7 +278,8 @@ def _placed(config: RunConfig, place: Callable[[Path], Path]) -> RunConfig:
     def move(part: PartConfig) -> PartConfig:
         return part if part.file is None else part.model_copy(update={"file": str(place(Path(part.file)))})
 
-    parts = {"mixers": tuple(map(move, config.model.mixers)), "channel": move(config.model.channel)}
+    model = config.model
+    parts = {"mixers": tuple(map(move, model.mixers)), "channel": move(model.channel), "stack": move(model.stack)}
     return config.model_copy(update={"model": config.model.model_copy(update=parts)})
 
 

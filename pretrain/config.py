@@ -166,7 +166,7 @@ class RunSection(Config):
     """The run as a whole."""
 
     name: str | None = key(
-        None, "free", "folder under `dir`; empty: the last file's name and a hash of what must not change",
+        None, "free", "folder under `dir`; empty: named after the last file that says what is trained, and its hash",
         pattern=RUN_NAME,
     )  # fmt: skip
     dir: str = key("runs", "free", "folder of all runs")

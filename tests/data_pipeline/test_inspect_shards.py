@@ -79,7 +79,7 @@ def test_a_shard_without_documents_is_refused(built: tuple[Path, Manifest]) -> N
     header, table = manifests.encode(manifests.make(manifest.tokenizer, [*shards, empty], manifest.sources))
     (folder / "manifest.json").write_bytes(header)
     (folder / "shards.parquet").write_bytes(table)
-    assert check(folder) == ["shard tale-train-99999-00.tar has 0 documents; build it again"]
+    assert check(folder) == ["shard tale-train-99999-00.tar has 0 documents; delete it and build again"]
 
 
 def test_samples_are_shown_from_all_over_a_source(built: tuple[Path, Manifest], tale: Path) -> None:

@@ -93,6 +93,14 @@ def test_a_branch_may_be_trained_otherwise_from_there_on(config):
     assert rows[1][1:] == [[80, {"letters": 1.0, "lists": 50.0}]]
 
 
+def test_a_branch_of_a_step_that_was_not_kept_is_refused_with_those_that_were(config):
+    origin = train_small(config, "checkpoint.keep_last=2")
+    kept = ", ".join(map(str, sorted(origin.committed_steps())))
+    with pytest.raises(ConfigError, match=rf"run small has no checkpoint of step 3, but of {kept}; name one of them"):
+        train(config, "run.name=other", branch=["small@3"])
+    assert not (origin.path.parent / "other").exists()
+
+
 def with_sources(config: Path, shards: Path, corpus: Path, *names: str) -> Path:
     """The same configuration with these of the shards' sources, in this order."""
     path = config.parent / f"{'-'.join(names)}.yaml"
