@@ -211,7 +211,12 @@ def _check_options(mistakes: list[str], layers: Layers, key: tuple[str | int, ..
             return
     from pretrain import channel, mixer, stack
 
-    registry: Registry[Any] = {"channels": channel.REGISTRY, "stacks": stack.REGISTRY}.get(folder, mixer.REGISTRY)
+    registries: dict[str, Registry[Any]] = {
+        "mixers": mixer.REGISTRY,
+        "channels": channel.REGISTRY,
+        "stacks": stack.REGISTRY,
+    }
+    registry = registries[folder]
     try:
         entry = registry.entry(part.name, part.file)
         below = layers.under((*key, "options")) if part.options else Layers()
