@@ -45,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of this benchmark."""
     parser.add_argument("--size", choices=SIZES, default=None, help="default: tiny; with --device cuda: 154m and 1b")
     parser.add_argument("--mixer", choices=["attention", "correlation"], default="attention")
-    parser.add_argument("--blocks", type=int, default=None, help="paired blocks (default 60; 10 for 10m)")
+    parser.add_argument("--blocks", type=int, default=None, help="paired blocks (default 60; 12 for 10m)")
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default=None, help="as a run trains there; default: paired arms on the CPU"
     )

@@ -105,7 +105,8 @@ def _parse_override(word: str) -> Parsed:
 
 def _lay_over(layers: Layers, parsed: Parsed) -> None:
     layers.tree = _merge(layers.tree, parsed.tree, (), layers.origins)
-    layers.origins |= parsed.origins
+    # what spans sections is nobody's mistake in particular, least of all the last file's
+    layers.origins |= {key: origin for key, origin in parsed.origins.items() if key}
 
 
 def _merge(low: Mapping[str, Any], high: Mapping[str, Any], at: Key, origins: dict[Key, Origin]) -> dict[str, Any]:

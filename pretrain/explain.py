@@ -142,9 +142,11 @@ def _anchor(folder: RunFolder, config: RunConfig, dataset: Dataset) -> tuple[Pla
         if found is None:
             raise DataError(f"{folder.name} branched from {origin['run']}, which has no checkpoint to tell from where")
         begins_at = found["step"]
-        if not reads_on(found, numbering(config, dataset.manifest.fingerprint), own):
-            return beginning(begins_at, own), begins_at
-    return beginning(0, own) if found is None else place_of(found, own), begins_at
+    if found is None:
+        return beginning(0, own), begins_at
+    if not reads_on(found, numbering(config, dataset.manifest.fingerprint), own):
+        return beginning(found["step"], own), begins_at
+    return place_of(found, own), begins_at
 
 
 _DEALING = {"train.batch_rows", "model.length", "run.seed", "data.window"}

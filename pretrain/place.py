@@ -69,6 +69,6 @@ def tokens_before(config: RunConfig, place: Place) -> int:
     if config.train.tokens is not None:
         raise ConfigError(
             f"train.tokens is counted in steps of {tokens_per_step(config):,} tokens, but the {place.step:,} before had"
-            f" {place.tokens:,}; set train.steps instead"
+            f" {place.tokens:,}; set train.tokens=null and train.steps"
         )
     return place.tokens

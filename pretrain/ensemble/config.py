@@ -57,6 +57,11 @@ class EnsembleConfig(Config):
             raise ValueError(
                 f"has a token read by {self.top} of {2 * len(self.modules)} experts; set top to at most that"
             )
+        if self.fusion == "btx" and self.top == 1:
+            raise ValueError(
+                "has a token read by one expert, weighed by a router that knows nothing yet; set top to 2 or more for"
+                " fusion btx"
+            )
         if self.fusion == "btx" and self.freeze != "none":
             raise ValueError(f"freezes {self.freeze}, which fusion btx makes parts of one model; set freeze to none")
         if self.fusion == "mhc" and self.width % self.heads:

@@ -82,7 +82,9 @@ class LeviathanModelEnsemble(Model):
         loss_MBT = loss_MN.unflatten(1, batch.targets_BT.shape)
         if self.config.fusion == "posterior":
             before_MB = loss_MBT.new_zeros(loss_MBT.shape[:2])
-            log_pi_MBT = log_all_MBT = self._posterior(_arrived(loss_MBT, layout), layout, before_MB)
+            log_pi_MBT = self._posterior(_arrived(loss_MBT, layout), layout, before_MB)
+            # evidence grows with a document: from one token in a million on, no more is asked of the right module
+            log_all_MBT = log_pi_MBT.clamp_min(-13.8)
         counted_BT = batch.targets_BT != IGNORE
         loss_BT = -torch.logsumexp(log_pi_MBT - loss_MBT, dim=0).masked_fill(~counted_BT, 0.0)
         total = loss_BT.sum()

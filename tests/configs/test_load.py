@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import model_validator
 
 from configs.errors import ConfigError, UsageError
 from configs.load import build, find, load, read, to_yaml
@@ -121,6 +122,18 @@ def test_blame_falls_on_the_file_that_was_read_last(tmp_path):
     (tmp_path / "mine.yaml").write_text("\noptim:\n  lr: quick\n")
     with pytest.raises(ConfigError, match=r"mine\.yaml:3: optim\.lr is 'quick'"):
         load(Run, [tmp_path / "base.yaml", tmp_path / "mine.yaml"])
+
+
+def test_what_spans_sections_is_not_blamed_on_the_file_that_was_read_last(tmp_path):
+    class Whole(Run):
+        @model_validator(mode="after")
+        def _fits(self):
+            raise ValueError("does not fit together")
+
+    for name, text in (("a", "steps: 3\n"), ("b", "optim: {lr: 1}\n")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"^defaults: does not fit together$"):
+        load(Whole, [tmp_path / "a.yaml", tmp_path / "b.yaml"])
 
 
 def test_a_missing_file_names_the_nearest_that_comes_along():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -237,8 +238,9 @@ def test_what_makes_it_another_run_is_refused_until_it_is_allowed_and_then_recor
     assert newest_readable(run).facts["data"]["rows"] == 5 * 8 + 5 * 4
     rows = run.steps()
     assert [rows[step]["tokens"] for step in (5, 6, 10)] == [32 * n for n in (5 * 8, 5 * 8 + 4, 5 * 8 + 5 * 4)]
-    with pytest.raises(ConfigError, match=r"the 10 before had 1,920; set train\.steps instead"):
+    with pytest.raises(ConfigError, match=r"the 10 before had 1,920; set train\.tokens=null and train\.steps"):
         train(config, "train.tokens=20000", "train.batch_rows=4")
+    train(config, "train.tokens=null", "train.steps=11", "train.batch_rows=4")
     # from then on it is part of the run
     train(config, "train.steps=12", "train.batch_rows=4")
     with pytest.raises(ConfigError, match=r"train\.batch_rows: 4 → 8"):
@@ -283,6 +285,14 @@ def test_a_branch_whose_rows_are_numbered_otherwise_reads_from_the_beginning_and
     assert all(said.endswith("lists from the beginning") for said in told)
     length = 16 if words == ["model.length=16"] else 32
     assert other.steps()[11]["tokens"] == 80 * 32 + 8 * length, "all that it was trained on, before and after"
+
+
+def test_rows_are_named_right_where_a_run_was_allowed_another_order_and_has_saved_nothing_since(config):
+    fresh = train(config, "run.name=fresh", "train.steps=1", "run.seed=1")
+    run = train(config, "run.name=it", "train.steps=5")
+    train(config, "run.name=it", "train.steps=6", "run.seed=1", allow=["run.seed"])
+    shutil.rmtree(run.checkpoints / "step_000000006")
+    assert list(explain(run, 6).rows) == list(explain(fresh, 1).rows)
 
 
 @pytest.mark.parametrize("words", [["model.depth=3"], ["model.logits.hidden=8"], ["model.wrap.passes=2"]])

@@ -246,6 +246,7 @@ def test_mistakes_in_an_ensemble_are_told():
     for wrong, told in (
         ({"fusion": "none"}, "fusion none"),
         ({"fusion": "mhc", "top": 5}, "top 5 of 4"),
+        ({"fusion": "btx", "top": 1}, "set top to 2 or more"),
         ({"fusion": "mhc", "domains": {"web": "five"}}, "'five'"),
         ({"fusion": "mhc", "heads": 3}, "multiple"),
         ({"fusion": "posterior", "freeze": "modules"}, "nothing to train"),

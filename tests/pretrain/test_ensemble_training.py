@@ -47,6 +47,18 @@ def test_the_right_module_is_heard_of_where_it_was_left_out():
         torch.testing.assert_close(grad, grads[0])
 
 
+def test_of_a_long_document_no_more_is_asked_of_the_right_module_than_of_one_token_in_a_million():
+    batch = batch_of(packed(), source=(0, 1, 3))
+    words = {"fusion": "posterior", "own_loss": 0.0, "domain_steps": 10, "domain_from": 0, "balance_loss": 0.0}
+    told, plain = (make(domain_loss=weight, **words).train() for weight in (1.0, 0.0))
+    with torch.no_grad():
+        for model in (told, plain):
+            for p in model.models.parameters():
+                p.mul_(20)  # modules that are sure of themselves, and wrong
+    counted = int((batch.targets_BT != IGNORE).sum())
+    assert told(batch).total - plain(batch).total <= 13.8 * counted
+
+
 def test_frozen_modules_keep_their_values_and_the_fusion_learns():
     for freeze, moved in (("modules", "fusion."), ("embeddings", "")):
         model = make(fusion="mhc", freeze=freeze, top=4).train()
