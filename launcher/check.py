@@ -25,7 +25,7 @@ from launcher.prepare import changes_since, check_rows, has_begun, own_mixers, r
 from launcher.runs import check_not_in_use
 from launcher.screen import cores, make_facts, make_table, make_terminal, told
 from pretrain.activations import activation_bytes
-from pretrain.config import RunConfig, micro_rows, total_steps
+from pretrain.config import RunConfig, micro_rows, tokens_per_step, total_steps
 from pretrain.cost import cost_of, training_bytes
 from pretrain.mixer import TokenMixer
 from pretrain.model import Model
@@ -135,7 +135,7 @@ def _about_model(config: RunConfig, model: Model) -> Table:
         table.add_row("blocks", f"{_runs(blocks)}; channel mixer {shape.channel.name}, {shape.norm}, {shape.positions}")
     again = f", run {shape.wrap.passes} times" if shape.wrap.passes > 1 else ""
     table.add_row("stack", f"{shape.stack.name}{again}")
-    tokens = total_steps(config) * config.train.batch_rows * shape.length
+    tokens = total_steps(config) * tokens_per_step(config)
     whole = f"{cost.flops_per_token * tokens:.2e}"
     table.add_row("training", f"{short_number(cost.flops_per_token)} FLOPs a token, {whole} in all")
     table.add_row("decoding", f"{human_bytes(cost.state_bytes)} of state for {shape.length:,} tokens (bf16)")
@@ -229,7 +229,7 @@ def _order(config: RunConfig, dataset: Dataset, *names: str) -> Order:
 def _about_plan(found: Findings, config: RunConfig, world: int) -> Table:
     """Steps, how a step is cut, and the learning rate over the run."""
     train, steps, optim = config.train, total_steps(config), config.optim
-    batch_tokens, micro = train.batch_rows * config.model.length, micro_rows(config, world)
+    batch_tokens, micro = tokens_per_step(config), micro_rows(config, world)
     share = max(1, train.batch_rows // world)
     table = make_facts("plan")
     table.add_row("steps", f"{steps:,} of {batch_tokens:,} tokens, {short_number(steps * batch_tokens)} tokens in all")

@@ -216,20 +216,21 @@ def _check_options(mistakes: list[str], layers: Layers, key: tuple[str | int, ..
         "channels": channel.REGISTRY,
         "stacks": stack.REGISTRY,
     }
-    registry = registries[folder]
+    place = layers.origin((*key, "name"))
     try:
-        entry = registry.entry(part.name, part.file)
+        try:
+            entry = registries[folder].entry(part.name, part.file)
+        except ConfigError as error:
+            raise ConfigError(f"{place}: {error}") from None
         below = layers.under((*key, "options")) if part.options else Layers()
         build(entry.config, below, (*key, "options"))
     except ConfigError as error:
-        place = layers.origin((*key, "name"))
-        text = str(error)
-        mistakes += [text] if ":" in text.split(" ")[0] else [f"{place}: {text}"]
+        mistakes += str(error).splitlines()
     except LeviathanError:
         raise
     except Exception as error:
         text = f"the options of the {kind} {part.name!r} cannot be checked ({type(error).__name__}: {error})"
-        mistakes.append(f"{layers.origin((*key, 'name'))}: {text.splitlines()[0]}")
+        mistakes.append(f"{place}: {text.splitlines()[0]}")
 
 
 def changes_since(folder: RunFolder, config: RunConfig, allow: Sequence[str] = ()) -> Changes:

@@ -76,6 +76,23 @@ def test_a_part_of_the_users_own_makes_another_run_once_it_says_something_else_b
 
 
 @pytest.mark.parametrize(
+    "word",
+    [
+        "model.channel={name: moe, options: {bias_step: 0.1}}",
+        "model.mixers=[{name: correlation, options: {lgas: 2}}]",
+        "model.stack={name: quartik}",
+        "model.channel={file: nowhere.py}",
+    ],
+)
+def test_a_mistake_in_a_word_is_told_with_the_word_once(here, word):
+    with pytest.raises(ConfigError) as error:
+        resolve(["my.yaml"], [word])
+    assert str(error.value).startswith(f"the word {word!r}: ")
+    assert str(error.value).count("the word") == 1
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("text", "told"),
     [
         ("model: {stack: {name: quartik}}", "my.yaml:1: no stack is called 'quartik'; did you mean 'quartic'?"),
