@@ -65,3 +65,10 @@ class Layout:
         if key not in self._cache:
             self._cache[key] = (self.pos_BT >= lag)[:, None, :, None]
         return self._cache[key]
+
+    def reaches_each(self, lags: int) -> Tensor:
+        """(B, 1, L, T, 1): `reaches` of 0, 1, ... `lags` - 1."""
+        key = ("reaches each", lags)
+        if key not in self._cache:
+            self._cache[key] = torch.stack([self.reaches(lag) for lag in range(lags)], dim=2)
+        return self._cache[key]

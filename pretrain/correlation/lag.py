@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from pretrain.correlation.form import Form, Heads, first_decays
 from pretrain.init import declare, values
 from pretrain.layout import Layout
-from pretrain.ops.attention import attend, attend_naive, lag_scores, stack_keys, stack_queries
+from pretrain.ops.attention import attend, attend_naive
 from pretrain.ops.heads import Cache, empty_cache, extend, visible
+from pretrain.ops.lags import lag_scores, stack_keys, stack_queries
 
 LagInit = Literal["geometric", "uniform", "delta"]
 

@@ -26,8 +26,8 @@ from pretrain.layout import Layout
 from pretrain.members import Members
 from pretrain.mixer import ParamGroup
 from pretrain.norms import RmsNorm
-from pretrain.ops.attention import lag_scores, stack_keys, stack_queries
 from pretrain.ops.heads import Cache, empty_cache, extend, visible
+from pretrain.ops.lags import lag_scores, stack_keys, stack_queries
 from pretrain.ops.scan import exact
 
 

@@ -1,6 +1,6 @@
-"""Softmax attention over packed documents, and lag-stacked queries and keys.
+"""Softmax attention over packed documents.
 
-Shapes: B rows, H heads, T queries, S keys, E head width, L lags.
+Shapes: B rows, H heads, T queries, S keys, E head width.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class _MembersAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
         heads = q.shape[:3]
-        q, k, v = (x.flatten(0, 2).contiguous() for x in (q * scale, k, v))
+        q, k, v = (x.flatten(0, 2).contiguous() for x in (q, k, v))
         found, kept = [], []
         for rows, seen in _blocks(q.shape[1]):
-            weights = torch.bmm(q[:, rows], k[:, seen].mT)
+            weights = _product(q[:, rows], k[:, seen].mT, scale)
             weights.unflatten(0, heads).add_(bias[..., rows, seen])
             torch.softmax(weights, -1, out=weights)
             # never into a part of a whole: torch multiplies into what is not contiguous one matrix at a time
@@ -81,17 +81,29 @@ class _MembersAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, *kept = ctx.saved_tensors
         grad = grad.flatten(0, 2).contiguous()
-        # early keys are added to once for every block: in bf16 the sum would lose what each adds
-        grads_q, grad_k, grad_v = [], *(torch.zeros_like(x, dtype=exact(x.dtype)) for x in (k, v))
-        for (rows, seen), weights in zip(_blocks(q.shape[1]), kept):
+        grads_q: list[Tensor] = []
+        grads: list[Tensor] = []
+        # the last block first: it sees all keys, and the others add to what it gives
+        for (rows, seen), weights in reversed([*zip(_blocks(q.shape[1]), kept)]):
             scores = torch.bmm(grad[:, rows], v[:, seen].mT)
             torch._softmax_backward_data(scores, weights, -1, weights.dtype, grad_input=scores)
-            grads_q.append(torch.bmm(scores, k[:, seen]))
-            grad_k[:, seen] += torch.bmm(scores.mT, q[:, rows])
-            grad_v[:, seen] += torch.bmm(weights.mT, grad[:, rows])
-        whole = torch.cat(grads_q, 1).mul_(ctx.scale), grad_k.to(k.dtype), grad_v.to(v.dtype)
-        grads = [each.unflatten(0, ctx.heads) for each in whole]
-        return grads[0], grads[1], grads[2], None, None
+            grads_q.append(_product(scores, k[:, seen], ctx.scale))
+            # early keys are added to once for every block: in bf16 the sum would lose what each adds
+            parts = (_product(scores.mT, q[:, rows], ctx.scale), torch.bmm(weights.mT, grad[:, rows]))
+            if not grads:
+                grads = [part.to(exact(part.dtype)) for part in parts]
+                continue
+            for total, part in zip(grads, parts):
+                total[:, seen] += part
+        every = torch.cat(grads_q[::-1], 1), grads[0].to(k.dtype), grads[1].to(v.dtype)
+        grad_q, grad_k, grad_v = (each.unflatten(0, ctx.heads) for each in every)
+        return grad_q, grad_k, grad_v, None, None
+
+
+def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale a b of every matrix, the factor within the product."""
+    out = a.new_empty(len(a), a.shape[1], b.shape[2])
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
 
 
 def _blocks(length: int) -> list[tuple[slice, slice]]:
@@ -110,48 +122,3 @@ def attend_naive(q_BHTE: Tensor, k_BHSE: Tensor, v_BHSV: Tensor, mask: Tensor, s
     k_BHSE, v_BHSV = _as_many_heads(q_BHTE, k_BHSE, v_BHSV)
     scores = (q_BHTE * scale) @ k_BHSE.transpose(-1, -2)
     return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v_BHSV
-
-
-def stack_queries(q_BHTE: Tensor, weights_HLE: Tensor, lags: int) -> Tensor:
-    """Beside each query the `lags` - 1 before it, zero beyond the row, each times its weight. (B, H, T, L*E).
-
-    weights_HLE: a factor for each lag, per head (H, L, 1) or channel (H, L, E). Queries of another document stay: they
-    meet the zeros that `stack_keys` puts there, for a key that a query sees is no farther from the document's start.
-    """
-    return torch.cat([_earlier(q_BHTE, lag) * weights_HLE[:, lag, None] for lag in _lags_within(q_BHTE, lags)], dim=-1)
-
-
-def stack_keys(k_BHTE: Tensor, lags: int, layout: Layout) -> Tensor:
-    """Beside each key the `lags` - 1 before it, zero beyond its document. (B, H, T, L*E)."""
-    pieces = [_earlier(k_BHTE, lag) for lag in _lags_within(k_BHTE, lags)]
-    if not layout.ramps:
-        pieces[1:] = [piece * layout.reaches(lag) for lag, piece in enumerate(pieces[1:], 1)]
-    return torch.cat(pieces, dim=-1)
-
-
-def _lags_within(x_BHTE: Tensor, lags: int) -> range:
-    return range(min(lags, x_BHTE.shape[2]))
-
-
-def _earlier(x_BHTE: Tensor, lag: int) -> Tensor:
-    return F.pad(x_BHTE[:, :, :-lag], (0, 0, lag, 0)) if lag else x_BHTE
-
-
-def lag_scores(rows_BHRS: Tensor, weights_HL: Tensor, pos_BT: Tensor, pos_BS: Tensor) -> Tensor:
-    """S[t, s] = sum_l w_l P[t-l, s-l], terms from another document left out. (B, H, T, S).
-
-    rows_BHRS: products P of the last T queries with all keys, and before them those of the L - 1 queries before.
-    pos_BT, pos_BS: positions of queries and keys within their documents.
-    """
-    lags, length = weights_HL.shape[1], pos_BT.shape[1]
-    total = None
-    for lag in range(min(lags, pos_BS.shape[1])):
-        start = lags - 1 - lag
-        piece = rows_BHRS[:, :, start : start + length]
-        if lag:
-            piece = F.pad(piece[..., :-lag], (lag, 0))
-            piece = piece * ((pos_BT >= lag)[:, None, :, None] & (pos_BS >= lag)[:, None, None, :])
-        piece = piece * weights_HL[:, lag, None, None]
-        total = piece if total is None else total + piece
-    assert total is not None
-    return total

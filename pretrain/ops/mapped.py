@@ -22,6 +22,11 @@ def is_mapped(*tensors: Tensor) -> bool:
     return any(map(_functorch.is_batchedtensor, tensors))
 
 
+def is_plain() -> bool:
+    """Whether no transform of torch.func is at work, and torch.compile does not look on."""
+    return not torch.compiler.is_compiling() and _functorch.get_dynamic_layer_stack_depth() == 0
+
+
 def at_once(*tensors: Tensor) -> bool:
     """Whether `of_all_members` can be called: one is mapped, and by no more than one transform of torch.func.
 

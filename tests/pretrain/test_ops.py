@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from data_pipeline.batch import IGNORE
 from pretrain.layout import Layout
 from pretrain.ops import attention
-from pretrain.ops.attention import attend, attend_naive, lag_scores, stack_keys, stack_queries
+from pretrain.ops.attention import attend, attend_naive
+from pretrain.ops.lags import lag_scores, stack_keys, stack_plain, stack_queries
 from pretrain.ops.loss import cross_entropy, cross_entropy_naive
 from pretrain.ops.norm import rms_norm, rms_norm_naive
 from pretrain.ops.rotary import Rotary, rotate_real
@@ -124,6 +125,28 @@ def test_stacked_lags_give_the_scores_of_the_equation(lags, layout):
 
     for a, b in both(fast, plain, q, k, w):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("width", [1, 6])
+@pytest.mark.parametrize("layout", [Layout.single(3, 48), packed()], ids=["ramps", "packed"])
+def test_stacked_lags_are_the_composed_ones_of_one_model_and_of_all_members_at_once(layout, width):
+    x, w = noise(5, 3, 2, 48, 6), noise(5, 2, 4, width, seed=3)
+
+    def fast(x, w):
+        return torch.cat((stack_queries(x, w, 4), stack_keys(x, 4, layout)), dim=-1)
+
+    def plain(x, w):
+        return torch.cat((stack_plain(x, w[:, :, None]), stack_plain(x, layout.reaches_each(4))), dim=-1)
+
+    for member in range(5):
+        for got, expected in both(fast, plain, x[member], w[member]):
+            torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+    in_turn = lambda x, w: torch.stack([plain(*each) for each in zip(x, w)])  # noqa: E731
+    for got, expected in both(torch.func.vmap(fast), in_turn, x, w):
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+    one = lambda x: torch.stack([plain(each, w[0]) for each in x])  # noqa: E731
+    for got, expected in both(torch.func.vmap(lambda x: fast(x, w[0])), one, x):
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
 
 
 def test_lag_scores_equal_the_sum_written_out():
