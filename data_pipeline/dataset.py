@@ -50,17 +50,6 @@ def open_dataset(data: DataConfig, rank: int = 0, world: int = 1) -> Dataset:
     return Dataset(manifest, tokenizer, shards)
 
 
-def is_built(data: DataConfig) -> bool:
-    """Whether a build of `data.dir` has come to its end: the manifest is written last."""
-    if not is_url(data.dir):
-        return (Path(data.dir).expanduser() / HEADER).is_file()
-    try:
-        fetch_small(join(data.dir, HEADER))
-    except DataError:
-        return False
-    return True
-
-
 def _open_remote(data: DataConfig) -> tuple[Manifest, Tokenizer, ShardSet]:
     url, where = data.dir, public(data.dir).rstrip("/")
     manifest = manifests.decode(fetch_small(join(url, HEADER)), fetch_small(join(url, TABLE)), where)

@@ -12,7 +12,10 @@ import numpy as np
 from configs.errors import DataError, UsageError
 from data_pipeline import manifest as manifests
 from data_pipeline import tokenizer as tokenizers
+from data_pipeline.config import DataConfig
 from data_pipeline.manifest import HEADER, TABLE, Manifest, ShardInfo, Split
+from data_pipeline.places import is_url
+from data_pipeline.remote import fetch_small, join
 from data_pipeline.shards import Shard
 
 SHOWN = 2000
@@ -25,6 +28,17 @@ class Shown(NamedTuple):
     name: str
     text: str
     tokens: int
+
+
+def is_built(data: DataConfig) -> bool:
+    """Whether a build of `data.dir` has come to its end: the manifest is written last."""
+    if not is_url(data.dir):
+        return (Path(data.dir).expanduser() / HEADER).is_file()
+    try:
+        fetch_small(join(data.dir, HEADER))
+    except DataError:
+        return False
+    return True
 
 
 def load_manifest(folder: Path) -> Manifest:

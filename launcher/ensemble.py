@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console as Terminal
 
 from configs.errors import DONE, ConfigError, DataError, UsageError
-from data_pipeline.dataset import is_built
+from data_pipeline.inspect_shards import is_built
 from launcher.branch import Origin
 from launcher.config import LaunchConfig
 from launcher.prepare import (

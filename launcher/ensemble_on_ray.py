@@ -22,8 +22,8 @@ from rich.console import Console as Terminal
 
 from configs.errors import DONE
 from configs.load import to_yaml
-from data_pipeline.dataset import is_built
 from data_pipeline.files import write_whole
+from data_pipeline.inspect_shards import is_built
 from launcher.branch import Origin
 from launcher.ensemble import DATA, Plan, folder_of, from_modules, from_seed, is_done, plan_ensemble, verbs
 from launcher.jobs import check_not_queued, queued

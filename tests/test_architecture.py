@@ -150,6 +150,14 @@ def test_there_is_no_left_over_work_and_no_shell(path):
         assert word not in text, f"{name(path)} says {word}"
 
 
+def test_no_test_forks():
+    """Threads of torch leave locks behind that nobody in a forked process opens."""
+    here = Path(__file__)
+    for path in (path for path in sorted(here.parent.rglob("*.py")) if path != here):
+        for word in ("os.fork", 'get_context("fork")', 'set_start_method("fork")'):
+            assert word not in path.read_text(), f"{name(path)} says {word}"
+
+
 def test_every_mixer_has_one_yaml_and_back():
     files = {p.stem for p in (ROOT / "pretrain/mixers").glob("*.py")} - {"__init__"}
     assert files == {p.stem for p in (ROOT / "configs/mixers").glob("*.yaml")}

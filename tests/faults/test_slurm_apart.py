@@ -69,7 +69,7 @@ def test_where_no_node_is_left_over_a_job_waits_for_the_dead_one(tiny, undisturb
         assert cluster.state(job) == "PENDING"
         cluster.start_node(number)
         assert_undisturbed(cluster, run, job, undisturbed)
-    # once more at most, where Slurm takes the word of a node that was dead for the end of the job's new start; see below
+    # once more at most: where Slurm takes the word of a node that was dead for the end of the job's new start (below)
     again = events(run, "restart", "requeue")
     assert len(again) <= 1 and len(events(run, "launch")) == 2 + len(again), run.history()
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,9 +22,12 @@ SECONDS = 40
 """The longest a graph of these tests may take on two busy cores."""
 
 
-@pytest.fixture(autouse=True)
-def looks_often(monkeypatch):
-    monkeypatch.setattr(ensemble_on_ray, "_POLL_S", 0.05)
+DRIVE = """
+import sys
+from launcher import ensemble_on_ray
+ensemble_on_ray._POLL_S = float(sys.argv[1])
+sys.exit(ensemble_on_ray.main(sys.argv[2:]))
+"""
 
 
 class Graph:
@@ -44,28 +47,24 @@ class Graph:
                 (run.path / "job.sh").write_text(text)
         paths = [[str(self.runs[name].path) for name in phase] for phase in phases]
         (self.whole.path / GRAPH).write_text(json.dumps(paths))
-        # a fork: what the command imports need not be imported again by each test
-        self.process = multiprocessing.get_context("fork").Process(target=self._drive)
+        self.process: subprocess.Popen[bytes] | None = None
 
-    def _drive(self) -> None:
-        sys.exit(ensemble_on_ray.main([str(self.whole.path)]))
-
-    def start(self) -> int:
-        """Begin; return the number of the process."""
-        self.process.start()
-        assert self.process.pid is not None
+    def start(self, poll_s: float = 0.05) -> int:
+        """Begin; return the number of the process. poll_s: how often it looks at its drivers."""
+        self.process = subprocess.Popen([sys.executable, "-c", DRIVE, str(poll_s), str(self.whole.path)])
         return self.process.pid
 
     def end(self) -> int:
         """The exit code of the job; nothing that it started is left."""
-        if self.process.pid is None:
+        if self.process is None:
             self.start()
-        self.process.join(SECONDS)
-        over = self.process.exitcode is not None
-        self.process.kill()
-        assert over, self.said()
-        assert not self.processes()
-        return int(self.process.exitcode or 0)
+        assert self.process is not None
+        try:
+            code = self.process.wait(SECONDS)
+        finally:
+            self.process.kill()
+        assert not self.processes(), self.said()
+        return code
 
     def processes(self) -> list[psutil.Process]:
         """What works on any of the runs."""
@@ -209,10 +208,9 @@ def test_drivers_die_with_the_job(tmp_path):
     wait_until(lambda: not graph.processes(), 10)
 
 
-def test_it_waits_without_using_the_processor(tmp_path, monkeypatch):
-    monkeypatch.undo()
+def test_it_waits_without_using_the_processor(tmp_path):
     graph = Graph(tmp_path, {"a": "sleep 4"})
-    process = graph.start()
+    process = graph.start(poll_s=ensemble_on_ray._POLL_S)
     wait_until(lambda: graph.said() == ["a"], SECONDS)
     used = psutil.Process(process).cpu_times()
     time.sleep(2)

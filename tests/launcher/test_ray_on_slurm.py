@@ -5,7 +5,6 @@ What Slurm and Ray do in such a job is a test of both (tests/faults/test_ray_on_
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,9 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from configs.errors import LeviathanError
 from launcher.config import LaunchConfig, SlurmConfig
-from launcher.ray_on_slurm import _Driver
 from pretrain.run_folder import RunFolder
 from tests.conftest import ROOT, events, wait_until
 
@@ -33,45 +30,49 @@ time.sleep(60)
 """
 
 
+DRIVE = """
+import os, sys
+from pathlib import Path
+from configs.errors import LeviathanError
+from launcher.config import LaunchConfig
+from launcher.ray_on_slurm import _Driver
+from pretrain.run_folder import RunFolder
+
+run, launch, asked = RunFolder(Path(sys.argv[1])), LaunchConfig.model_validate_json(sys.argv[2]), int(sys.argv[3])
+
 class Cluster:
-    """Stands where Ray's nodes are: `check` raises once a file says that one has ended."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self._gone = folder.path / "gone"
-
-    def check(self) -> None:
-        if self._gone.exists():
+    # stands where Ray's nodes are: `check` raises once a file says that one has ended
+    def check(self):
+        if (run.path / "gone").exists():
             raise LeviathanError("Ray has ended on a node (exit code 1); see a log")
+
+driver = _Driver(launch)
+if asked:
+    os.kill(os.getpid(), asked)
+try:
+    sys.exit(driver.drive(run, Cluster(), {"RAY_ADDRESS": "10.0.0.1:6379"}))
+except LeviathanError as error:
+    (run.path / "error").write_text(str(error))
+    sys.exit(error.exit_code)
+"""
 
 
 class Driven:
-    """A batch step that drives a run whose script holds these lines."""
+    """A batch step that drives a run whose script holds these lines. asked: a signal that it gets at once."""
 
-    def __init__(self, folder: Path, lines: str, asked: int | None = None, launch: LaunchConfig = LAUNCH) -> None:
+    def __init__(self, folder: Path, lines: str, asked: int = 0, launch: LaunchConfig = LAUNCH) -> None:
         self.run = RunFolder(folder / "run")
         self.run.make()
         (self.run.path / "job.sh").write_text(f"trap '' USR1\ntouch {self.run.path}/began\n{lines}\n")
-        self._asked, self._launch = asked, launch
-        self.process = multiprocessing.get_context("fork").Process(target=self._drive)
-        self.process.start()
-
-    def _drive(self) -> None:
-        driver = _Driver(self._launch)
-        if self._asked is not None:
-            os.kill(os.getpid(), self._asked)
-        try:
-            code = driver.drive(self.run, Cluster(self.run), {"RAY_ADDRESS": "10.0.0.1:6379"})
-        except LeviathanError as error:
-            (self.run.path / "error").write_text(str(error))
-            code = error.exit_code
-        sys.exit(code)
+        words = [str(self.run.path), launch.model_dump_json(), str(int(asked))]
+        self.process = subprocess.Popen([sys.executable, "-c", DRIVE, *words])
 
     def end(self) -> int:
         """The exit code; nothing is left."""
-        self.process.join(SECONDS)
-        code = self.process.exitcode
-        self.process.kill()
-        assert code is not None
+        try:
+            code = self.process.wait(SECONDS)
+        finally:
+            self.process.kill()
         path = str(self.run.path)
         assert not [p for p in psutil.process_iter(["cmdline"]) if path in " ".join(p.info["cmdline"] or [])]
         return code

@@ -3,11 +3,11 @@ executed, and a job that is submitted twice is one."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import shlex
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import ConfigError, LeviathanError, UsageError
-from launcher import submit_ray as module
 from launcher.config import RayConfig
 from launcher.ray_jobs import RayJob, RayJobs
 from launcher.submit_ray import FORWARDED, code_of, job_number, queue, script_of, submit_ray
@@ -225,18 +224,23 @@ def test_a_run_that_is_submitted_again_has_another_number_each_time_and_one_job(
     assert api.entrypoints == [f"exec {shlex.join(['bash', f'{path}/job.sh', 'launcher.on_ray', str(path)])}"] * 2
 
 
-def queued(path: Path, address: str) -> tuple[str, bool]:
-    run = RunFolder(path)
-    return queue(run, RayJobs(address), "launcher.on_ray", [run])
+QUEUED = """
+import sys
+from pathlib import Path
+from launcher import submit_ray
+from launcher.ray_jobs import RayJobs
+from pretrain.run_folder import RunFolder
+submit_ray._numbers = lambda folder: set()  # all of them look at the history before any of them writes it
+run = RunFolder(Path(sys.argv[1]))
+print(*submit_ray.queue(run, RayJobs(sys.argv[2]), "launcher.on_ray", [run]))
+"""
 
 
-def test_submissions_at_the_same_moment_are_one_job(run, api, monkeypatch):
-    # all of them look at the history before any of them writes it
-    monkeypatch.setattr(module, "_numbers", lambda folder: set())
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        told = pool.starmap(queued, [(run.path, api.address)] * 4, 1)
-    assert {number for number, _ in told} == {"it-s-a-run-01234567-1"}
-    assert sorted(new for _, new in told) == [False, False, False, True]
+def test_submissions_at_the_same_moment_are_one_job(run, api):
+    words = [sys.executable, "-c", QUEUED, str(run.path), api.address]
+    at_once = [subprocess.Popen(words, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    told = [one.communicate(timeout=60)[0].split() for one in at_once]
+    assert sorted(told) == [["it-s-a-run-01234567-1", "False"]] * 3 + [["it-s-a-run-01234567-1", "True"]]
     assert len(api.entrypoints) == 1
 
 

@@ -24,6 +24,16 @@ from tests.conftest import events, wait_until
 HANG_S, START_S = 2.0, 60.0
 
 
+WATCHERS = ("supervise", "on_slurm", "ray_on_slurm", "on_ray", "ensemble", "ensemble_on_ray")
+
+
+def test_who_only_watches_runs_does_without_torch():
+    """They start in half a second, and take no memory from a node that they stay on for weeks."""
+    program = f"import sys; from launcher import {', '.join(WATCHERS)}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "False\n"
+
+
 @pytest.fixture
 def run(tmp_path) -> Iterator[Supervisor]:
     """Two ranks that do nothing, watched."""
