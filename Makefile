@@ -17,7 +17,7 @@ test: $(READY)          ## every test but the long ones
 	$(PYTEST) $(call beside,1) -m "not e2e" tests
 
 test-long: $(READY)     ## whole jobs with real faults, every ZeRO stage; what measures time comes last, one by one
-	$(PYTEST) $(call beside,2) -m "e2e and not alone" tests
+	$(PYTEST) $(call beside,1) -m "e2e and not alone" tests
 	$(PYTEST) -m "e2e and alone" tests
 
 # not one after the other: the short ones compute while the long ones wait

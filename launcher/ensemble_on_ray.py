@@ -38,7 +38,7 @@ from pretrain.config import RunConfig
 from pretrain.run_folder import RunFolder
 
 GRAPH, VERBS = "graph.json", "verbs.json"
-_POLL_S = 0.5
+_POLL_S, _TRIES = 0.5, 3
 
 
 def submit_ensemble(files: Sequence[str], words: Sequence[str], without: Sequence[str], jobs: RayJobs) -> int:
@@ -156,7 +156,16 @@ class _Drivers:
         return next((life.code for life in lives if life.code), DONE)
 
     def call(self, folder: RunFolder, words: Sequence[str]) -> int:
-        """Another command of ours, to its end; return its exit code. A request to leave kills it."""
+        """Another command of ours, to its end; return its exit code. Killed, it is tried again, and goes on."""
+        for _ in range(_TRIES):
+            code = self._call(folder, words)
+            if code >= 0 or self._asked is not None:
+                break
+            folder.event("fault", f"leviathan {' '.join(words[:2])} died: {signal_name(-code)}")
+        return asked_code(self._asked) if code < 0 and self._asked is not None else code_of_job(code, None)
+
+    def _call(self, folder: RunFolder, words: Sequence[str]) -> int:
+        """Its exit code; negative, a signal. A request to leave kills it."""
         print(f"leviathan {' '.join(words)}", flush=True)
         process = subprocess.Popen(
             ["bash", str(folder.path / SCRIPT), "launcher", *words], stdin=subprocess.DEVNULL, start_new_session=True
@@ -168,7 +177,7 @@ class _Drivers:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        return asked_code(self._asked) if process.returncode < 0 and self._asked is not None else process.returncode
+        return process.returncode
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._asked = self._asked or number

@@ -27,7 +27,7 @@ from launcher.config import LaunchConfig
 from launcher.network import address_of_first, free_port, own_address_towards
 from launcher.restart import NO_PROGRESS_LIMIT
 from launcher.snapshot import ROOT, check_code
-from launcher.srun import NodesTakenError, Step
+from launcher.srun import Step
 from launcher.supervise import Supervisor
 from launcher.team import Team, common_environment, forget_exits
 from pretrain.health import Beat
@@ -226,7 +226,7 @@ def _supervise(folder: RunFolder, launch: LaunchConfig, job: str) -> tuple[int, 
 
 def as_job(arguments: list[str], drive: Callable[[RunFolder, LaunchConfig, str], tuple[int, int | None]]) -> int:
     """The exit code of this job, whose batch step drives the run of a folder; it is queued again where time is over,
-    and where Slurm has lost count of its nodes.
+    and where its nodes are of no more use to it.
 
     drive: of the folder, what it asks for and the job's number; returns the run's exit code and which signal asked it
     to leave, if one did.
@@ -241,7 +241,7 @@ def as_job(arguments: list[str], drive: Callable[[RunFolder, LaunchConfig, str],
         launch = load(LaunchConfig, [folder.launch])
         try:
             code, asked = drive(folder, launch, job)
-        except NodesTakenError as error:
+        except slurm.AllocationLostError as error:
             folder.event("warning", str(error))
             return queue_again(folder, launch, job)
         return queue_again(folder, launch, job) if code == PREEMPTED and asked == signal.SIGUSR1 else code

@@ -1,9 +1,9 @@
 """A run on a Ray cluster of its own within a Slurm job: one node is its head, the others join, this step drives.
 
 `python -m launcher.ray_on_slurm FOLDER` is what the batch script becomes where launch.slurm.ray is set. Who mends what:
-Ray Train starts ranks again within the allocation (launcher/on_ray.py); Slurm queues the job again when a node dies;
-before a time limit the run saves and the job is queued again, as without Ray. The cluster takes work from whoever has
-the job's own token, has no dashboard, and ends with the job.
+Ray Train starts ranks again within the allocation (launcher/on_ray.py); Slurm queues the job again when a node dies,
+this step where Ray ends on one; before a time limit the run saves and the job is queued again, as without Ray. The
+cluster takes work from whoever has the job's own token, has no dashboard, and ends with the job.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from launcher.supervise import REQUESTS
 from pretrain.run_folder import RunFolder
 
 _UP_S, _POLL_S = 120.0, 0.25
+_WORD_S = 3.0
+"""A job that is cancelled, or whose node has died, loses its Ray too, and hears why up to so much later."""
 _OBJECTS_BYTES = 100 << 20
 """Ray's own store of objects: what it carries here are a few sentences."""
 
@@ -72,11 +74,17 @@ class _Cluster:
             step.end()
         self._token.unlink(missing_ok=True)
 
-    def check(self) -> None:
-        """Raises LeviathanError where a part of the cluster has ended by itself, or cannot begin."""
+    def lost(self) -> str | None:
+        """What is wrong where a part of the cluster has ended; None while it is whole, or as whole as it has to be.
+
+        Workers are one step, which lives on while one of them does. Without `min_ranks` Ray would wait for the others.
+        """
+        whole = self._launch.ray.min_ranks is None
         for step in self._steps:
-            if (code := step.poll()) is not None:
-                raise LeviathanError(f"Ray has ended on a node (exit code {code}); see {self._folder.logs}/ray_*.log")
+            if (code := step.poll()) is not None or (whole and step.codes):
+                said = step.said[-1] if step.said else f"exit code {code}"
+                return f"Ray has ended on a node ({said}); see {self._folder.logs}/ray_*.log"
+        return None
 
     def _srun(self, environment: dict[str, str], nodes: list[slurm.Node], log: str, *words: str) -> None:
         """`ray start` on nodes, as one step that lives as long as they do."""
@@ -98,7 +106,8 @@ class _Cluster:
         words = [str(self._ray), "health-check", "--address", self.address]
         end = time.monotonic() + _UP_S
         while True:
-            self.check()
+            if (lost := self.lost()) is not None:
+                raise LeviathanError(lost)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 done = subprocess.run(words, env=os.environ | environment, stdin=subprocess.DEVNULL,
                                       capture_output=True, timeout=20, check=False)  # fmt: skip
@@ -123,13 +132,14 @@ class _Driver:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
 
     def drive(self, folder: RunFolder, cluster: _Cluster, environment: dict[str, str]) -> int:
-        """The exit code of a run that is driven to its end. Raises LeviathanError where the cluster ends before."""
+        """The exit code of a run that is driven to its end. Raises AllocationLostError where Ray ends before."""
         if self.asked is not None:
             return asked_code(self.asked)
         driver = DriverProcess(folder, environment)
         try:
             while (code := driver.ended(self.asked)) is None:
-                cluster.check()
+                if (lost := cluster.lost()) is not None:
+                    return self._leave(lost)
                 if time.monotonic() > self._until:
                     driver.kill()  # or it might ask the ranks once more, below
                     return self._give_up(folder)
@@ -137,6 +147,15 @@ class _Driver:
         finally:
             driver.kill()
         return code_of_job(code, self.asked)
+
+    def _leave(self, lost: str) -> int:
+        """The exit code where somebody has asked for the end, and Ray's with it; raises AllocationLostError else."""
+        end = time.monotonic() + _WORD_S
+        while self.asked is None and time.monotonic() < end:
+            time.sleep(_POLL_S)
+        if self.asked is None:
+            raise slurm.AllocationLostError(lost)
+        return asked_code(self.asked)
 
     def _give_up(self, folder: RunFolder) -> int:
         """The exit code where a driver that was asked to leave has not in time."""

@@ -29,6 +29,10 @@ class SlurmError(LeviathanError):
     """Slurm refused, or did not answer."""
 
 
+class AllocationLostError(SlurmError):
+    """With these nodes, as this start of the job has them, nothing can be done any more: another start may."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One job as the controller sees it. state: PENDING, RUNNING, ... reason: why it waits, or why it ended."""

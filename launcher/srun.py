@@ -29,7 +29,7 @@ _SIGNALS["Out Of Memory"] = int(signal.SIGKILL)
 _END_S, _LAST_WORDS_S, _POLL_S, _LINES = 20.0, 5.0, 0.2, 50
 
 
-class NodesTakenError(slurm.SlurmError):
+class NodesTakenError(slurm.AllocationLostError):
     """Slurm lets a job start nothing on its own nodes. Only another allocation mends that.
 
     It happens where a node died, came back, and told only when the job ran there again that its earlier start is over:

@@ -95,7 +95,7 @@ def queue(run: Prepared, after: Sequence[str] = ()) -> str:
     script = run.folder.path / "job.sbatch"
     write_whole(script, render(run.folder, run.launch, keep_code(run.folder.path)).encode())
     if run.launch.slurm.ray:
-        write_script(run)
+        write_script(run, run.launch.slurm.python)
     number = slurm.submit(str(script), waiting_for(after))
     run.folder.set_facts(job={"slurm": number, "submitted": time.time()}, verb="submit slurm")
     run.folder.event("submit", f"submitted as Slurm job {number}", job=number)
@@ -128,12 +128,13 @@ def render_verb(folder: RunFolder, launch: LaunchConfig, code: Path, verb: str, 
         "gpus_per_node": launch.slurm.gpus_per_node and 1,
     })})  # fmt: skip
     options = [*_options(folder, one, f"-{verb}", verb, ["--nodes=1", "--ntasks=1"]), *launch.slurm.extra]
-    return _script(launch, code, options, ["launcher", *words])
+    return _script(launch, code, options, ["launcher", *words], launch.slurm.wrapper)
 
 
-def _script(launch: LaunchConfig, code: Path, options: list[str], words: list[str]) -> str:
+def _script(launch: LaunchConfig, code: Path, options: list[str], words: list[str], wrapper: Sequence[str] = ()) -> str:
+    """wrapper: words before Python. A supervisor has none, for it calls Slurm's own commands."""
     asks = launch.slurm
-    whole = [asks.python or sys.executable, "-P", "-m", *words]
+    whole = [*wrapper, asks.python or sys.executable, "-P", "-m", *words]
     values = {"options": options, "code": str(code.resolve()), "words": whole}
     return fill(ROOT / "slurm" / "job.sbatch", "launch.slurm.env_file", asks.env_file, values)
 

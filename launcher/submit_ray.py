@@ -152,9 +152,14 @@ def code_of(folder: RunFolder, job: RayJob | None) -> int:
     return 0 if last["event"] == "done" else int(last.get("code", 1))
 
 
-def write_script(run: Prepared) -> None:
-    """The script that every process of a run begins with, and the code, into the run's folder."""
-    script = script_of(run.folder, run.launch.ray, keep_code(run.folder.path))
+def write_script(run: Prepared, python: str | None = None) -> None:
+    """The script that every process of a run begins with, and the code, into the run's folder.
+
+    python: for the nodes, where `launch.ray` names none.
+    """
+    asks = run.launch.ray
+    asks = asks.model_copy(update={"python": asks.python or python})
+    script = script_of(run.folder, asks, keep_code(run.folder.path))
     write_whole(run.folder.path / SCRIPT, script.encode())
 
 

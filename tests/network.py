@@ -7,6 +7,7 @@ It needs root, iproute2 and util-linux.
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ import psutil
 
 NEEDED = ("ip", "nsenter", "unshare")
 _HERE, _PATIENCE_S = 254, 20.0
+_NET_ADMIN, _SYS_ADMIN = 12, 21
 _BEGIN = """
 hostname "$1" && mount --bind "$2/hosts" /etc/hosts && mount --bind "$2/resolv.conf" /etc/resolv.conf &&
 mount -t tmpfs none /dev/shm &&
@@ -29,6 +31,19 @@ mkdir -p /tmp/ray && mount --bind "$2/ray" /tmp/ray && shift 2 && "$@"
 exit $?
 """
 """A shell stays as the node's first process: what becomes an orphan there needs somebody to reap it."""
+
+
+def missing() -> str | None:
+    """Why there can be no such nodes here; None where there can."""
+    if os.geteuid() != 0:
+        return "nodes of the tests' own need root"
+    without = [name for name in NEEDED if shutil.which(name) is None]
+    if without:
+        return f"there is no {', '.join(without)}; install iproute2 and util-linux"
+    may = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("CapEff:"))
+    if any(not int(may.split()[1], 16) >> capability & 1 for capability in (_NET_ADMIN, _SYS_ADMIN)):
+        return "nodes of the tests' own need the capabilities NET_ADMIN and SYS_ADMIN"
+    return None
 
 
 class Network:

@@ -16,7 +16,7 @@ from tests.mini_slurm import MiniSlurm
 TWO = ("--nodes", 2, "--ranks", 2)
 QUICK = "launch.preflight=false"
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-JOB_S = 150
+JOB_S = 300
 """The longest a job of these tests may take on two busy cores."""
 
 

@@ -15,7 +15,7 @@ from tests.small_job import assert_ended, assert_same, output_of, processes_of, 
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(missing() is not None and os.environ.get("SLURM_TESTS") != "required", reason=missing() or ""),
 ]
 
@@ -25,16 +25,16 @@ LONGER_S = 60
 
 @pytest.fixture(scope="module")
 def cluster():
-    with MiniSlurm(2, apart=True) as slurm:
+    with MiniSlurm(3, apart=True) as slurm:
         yield slurm
 
 
-def ray_processes(cluster):
+def ray_processes(cluster, nodes=(1, 2, 3)):
     found = []
-    for process in [*cluster.network.processes(1), *cluster.network.processes(2)]:
+    for process in [process for node in nodes for process in cluster.network.processes(node)]:
         with contextlib.suppress(psutil.NoSuchProcess):
             called = " ".join([process.name(), *process.cmdline()[:1]])
-            found += [called] if any(word in called for word in ("raylet", "gcs_server", "ray::")) else []
+            found += [process] if any(word in called for word in ("raylet", "gcs_server", "ray::")) else []
     return found
 
 
@@ -80,4 +80,23 @@ def test_before_its_time_is_over_a_job_with_ray_saves_and_is_queued_again(cluste
     assert cluster.restarts(job) == 1
     assert_same(run, undisturbed)
     assert not events(run, "fault")
+    assert not ray_processes(cluster)
+
+
+@pytest.mark.parametrize("node", [1, 3])
+def test_a_job_that_loses_ray_on_a_node_is_queued_again_and_goes_on(cluster, tiny, tmp_path, node):
+    """The head, or one of several workers, which are one step: the others stay, and Ray would wait for it."""
+    asked = tmp_path / "asked"
+    slow = {"LEVIATHAN_FAULT": f"step.before_forward:0:12:until={asked}"}
+    words = ("--nodes", 3, "--ranks", 3, "train.batch_rows=12", "launch.slurm.ray=true", "launch.hang_s=60")
+    run, job = submit(cluster, tiny, "launch.preflight=false", *words, env=slow)
+    wait_until(lambda: len(run.steps()) >= 12, seconds=150)
+    (raylet,) = [process for process in ray_processes(cluster, [node]) if process.name() == "raylet"]
+    raylet.kill()
+    wait_until(lambda: len(events(run, "requeue")) == 1, seconds=60)
+    asked.touch()
+    assert_ended(cluster, run, job)
+    assert cluster.restarts(job) == 1
+    assert any(said.startswith("Ray has ended on a node (") for said in events(run, "warning"))
+    assert events(run, "resume") == ["resumed from step_000000010"]
     assert not ray_processes(cluster)

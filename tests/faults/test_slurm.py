@@ -15,7 +15,7 @@ from tests.small_job import JOB_S, QUICK, TWO, assert_ended, assert_same, output
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(missing() is not None and os.environ.get("SLURM_TESTS") != "required", reason=missing() or ""),
 ]
 

@@ -19,7 +19,7 @@ from tests.small_job import JOB_S, QUICK, assert_ended, assert_same, processes_o
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(missing() is not None and os.environ.get("SLURM_TESTS") != "required", reason=missing() or ""),
 ]
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from launcher import ensemble_on_ray
-from launcher.ensemble_on_ray import GRAPH
+from launcher.ensemble_on_ray import GRAPH, VERBS
 from pretrain.run_folder import RunFolder, step_name
 from tests.conftest import events, wait_until
 
@@ -193,6 +193,46 @@ def test_a_request_between_two_attempts_is_heeded(tmp_path):
     os.kill(process, signal.SIGTERM)
     assert graph.end() == 75
     assert "whole" not in graph.said()
+
+
+def graph_with_shards(folder, lines):
+    """A run and, before it, what builds its shards: by a line of bash, told how often it was begun before."""
+    graph = Graph(folder, {"whole": "true"})
+    (graph.whole.path / VERBS).write_text(json.dumps({"data": ["data", "build", "x"]}))
+    script = graph.whole.path / "job.sh"
+    begins = f"N=$(grep -c build {graph.diary}); echo build >> {graph.diary}"
+    builds = f'if [ "$1" = launcher ]; then {begins}; {lines}; exit; fi\n'
+    script.write_text(builds + script.read_text())
+    return graph
+
+
+def test_a_build_that_is_killed_is_tried_again(tmp_path):
+    graph = graph_with_shards(tmp_path, "[ $N = 1 ] || kill -9 $$")
+    assert graph.end() == 0
+    assert graph.said() == ["build", "build", "whole"]
+    assert events(graph.whole, "fault") == ["leviathan data build died: SIGKILL"]
+
+
+def test_a_build_that_is_killed_again_and_again_is_given_up(tmp_path):
+    graph = graph_with_shards(tmp_path, "kill -9 $$")
+    assert graph.end() == 137
+    assert graph.said() == ["build"] * 3
+    assert events(graph.whole, "stop") == ["stopped: its shards could not be built (exit 137)"]
+
+
+def test_a_build_that_fails_by_itself_is_not_tried_again(tmp_path):
+    graph = graph_with_shards(tmp_path, "exit 65")
+    assert graph.end() == 65
+    assert graph.said() == ["build"]
+
+
+def test_a_request_ends_a_build_for_good(tmp_path):
+    graph = graph_with_shards(tmp_path, "sleep 60")
+    process = graph.start()
+    wait_until(lambda: graph.said() == ["build"], SECONDS)
+    os.kill(process, signal.SIGTERM)
+    assert graph.end() == 75
+    assert graph.said() == ["build"]
 
 
 def test_drivers_die_with_the_job(tmp_path):

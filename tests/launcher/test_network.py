@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -54,10 +53,7 @@ def test_of_nodes_apart_the_first_ones_own_address_stays():
     assert address_of_first([here, here]) == here, "all of them are on this machine"
 
 
-APART = pytest.mark.skipif(
-    os.geteuid() != 0 or any(shutil.which(name) is None for name in network.NEEDED),
-    reason="nodes of the tests' own need root, iproute2 and util-linux",
-)
+APART = pytest.mark.skipif(network.missing() is not None, reason=network.missing() or "")
 RANK = """
 import os, socket, sys
 from launcher.network import interface_towards, own_address_towards

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from configs.errors import ConfigError
 from launcher.config import LaunchConfig, SlurmConfig
 from launcher.prepare import resolve
-from launcher.submit import render
+from launcher.submit import render, render_verb
 from pretrain.run_folder import RunFolder
 from tests.conftest import leviathan
 
@@ -107,6 +107,26 @@ def test_words_before_python_are_never_read_by_a_shell(tmp_path, words):
     """The wrapper is handed to srun as it is; it does not stand in the script at all."""
     text = script(tmp_path, wrapper=tuple(words))
     assert text == script(tmp_path)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(words=st.lists(NASTY, max_size=3))
+def test_another_command_of_ours_begins_with_them_each_one_word(tmp_path, words):
+    """It is no step of srun's; what builds an ensemble's shards needs the container as ranks do."""
+    asks = SlurmConfig(wrapper=("printf", "%s\\0", *words), python="/opt/python")
+    with contextlib.chdir(tmp_path):
+        try:
+            text = render_verb(RunFolder(tmp_path / "run"), LaunchConfig(slurm=asks), tmp_path, "data", ["data", "a b"])
+        except ConfigError as error:
+            text, refusal = "", str(error)
+    if not text:
+        assert "no script can hold the line" in refusal
+        return
+    before = sorted(tmp_path.iterdir())
+    done = subprocess.run(["bash"], input=text.encode(), capture_output=True, cwd=tmp_path, timeout=20, check=False)
+    called = [*words, "/opt/python", "-P", "-m", "launcher", "data", "a b"]
+    assert done.stdout.decode() == "".join(f"{word}\0" for word in called), done.stderr
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -18,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import ConfigError, LeviathanError, UsageError
-from launcher.config import RayConfig
+from launcher.config import LaunchConfig, RayConfig
 from launcher.ray_jobs import RayJob, RayJobs
-from launcher.submit_ray import FORWARDED, code_of, job_number, queue, script_of, submit_ray
+from launcher.submit_ray import FORWARDED, code_of, job_number, queue, script_of, submit_ray, write_script
 from pretrain.run_folder import RunFolder
 from tests.conftest import events, leviathan
 from tests.jobs_api import TOKEN, JobsApi
@@ -222,6 +223,13 @@ def test_a_run_that_is_submitted_again_has_another_number_each_time_and_one_job(
     assert queue(run, jobs, "launcher.on_ray", [run]) == ("it-s-a-run-01234567-2", True)
     path = run.path
     assert api.entrypoints == [f"exec {shlex.join(['bash', f'{path}/job.sh', 'launcher.on_ray', str(path)])}"] * 2
+
+
+@pytest.mark.parametrize(("of_ray", "expected"), [(None, "/opt/slurm"), ("/opt/ray", "/opt/ray")])
+def test_within_a_slurm_job_python_is_slurms_where_ray_names_none(run, of_ray, expected):
+    launch = LaunchConfig(ray=RayConfig(python=of_ray))
+    write_script(SimpleNamespace(folder=run, launch=launch), "/opt/slurm")
+    assert f"exec -- {expected} " in (run.path / "job.sh").read_text()
 
 
 QUEUED = """

@@ -8,6 +8,12 @@ from tests.ranks import run_ranks
 
 WORKER, STAGES = "tests.pretrain.engine_worker", ["0", "1", "2", "3"]
 SMALL = {"width": 16, "depth": 2, "length": 24}
+OTHERS = [
+    *({"name": "correlation", "options": {"corr": form}}
+      for form in ("iir", "prefix_mean", "lagbank", "fft", "fft_self", "seed_fft", "seed_ema")),
+    {"name": "involution", "options": {"kernel": 5, "dilation": 2}},
+]  # fmt: skip
+"""Mixers that the models below are not made of: a layer each."""
 MODELS: dict[str, dict[str, object]] = {
     "module of an ensemble": {**SMALL, "ensemble": {"modules": ["one"]}},
     "ensemble": {
@@ -17,6 +23,18 @@ MODELS: dict[str, dict[str, object]] = {
     "frozen ensemble": {
         **SMALL,
         "ensemble": {"modules": ["one", "two"], "fusion": "mhc", "width": 16, "freeze": "modules"},
+    },
+    # without what keeps relevance even: a mean over a micro-batch, as the losses of experts below
+    "ensemble by what its tokens say": {
+        **SMALL,
+        "ensemble": {"modules": ["one", "two"], "fusion": "posterior", "balance_loss": 0.0},
+    },
+    "every other mixer": {**SMALL, "depth": len(OTHERS), "mixers": OTHERS},
+    "elita": {
+        **SMALL,
+        "mixers": [{"name": "elita"}],
+        "channel": {"name": "feedforward2"},
+        "norm": "layernorm_plain",
     },
     "blocks": {**SMALL, "mixers": [{"name": "correlation"}, {"name": "attention"}]},
     # without auxiliary losses: they are means over a micro-batch, and two ranks cut smaller ones than one
