@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest
 # by files, so that what the tests of a file share is made once; in the order of tests/conftest.py
-# and in more processes than cores, for they also wait: for Slurm, for servers, for what must time out
-beside = --numprocesses $(shell expr $$(nproc) + $(1)) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# and one process more than cores, for they also wait: for Slurm, for servers, for what must time out
+BESIDE := --numprocesses $(shell expr $$(nproc) + 1) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-long test-all check lint type fmt bench docs clean
 
@@ -14,16 +14,13 @@ demo: $(READY)          ## text to a trained ensemble, with a rank killed on the
 	$(BIN)/python -m launcher.demo
 
 test: $(READY)          ## every test but the long ones
-	$(PYTEST) $(call beside,1) -m "not e2e" tests
+	$(PYTEST) $(BESIDE) -m "not e2e" tests
 
 test-long: $(READY)     ## whole jobs with real faults, every ZeRO stage; what measures time comes last, one by one
-	$(PYTEST) $(call beside,1) -m "e2e and not alone" tests
+	$(PYTEST) $(BESIDE) -m "e2e and not alone" tests
 	$(PYTEST) -m "e2e and alone" tests
 
-# not one after the other: the short ones compute while the long ones wait
-test-all: $(READY)      ## all there are
-	$(PYTEST) $(call beside,2) -m "not alone" tests
-	$(PYTEST) -m alone tests
+test-all: test test-long ## all there are
 
 check: lint type        ## what CI checks before it tests
 
