@@ -17,7 +17,7 @@ from tests.mini_slurm import MiniSlurm, missing
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.timeout(200),
+    pytest.mark.timeout(400),
     pytest.mark.skipif(missing() is not None and os.environ.get("SLURM_TESTS") != "required", reason=missing() or ""),
 ]
 

@@ -145,7 +145,7 @@ def test_a_job_that_is_cancelled_and_loses_its_cluster_first_is_no_job_to_queue_
     driven = Driven(tmp_path, f"exec -a {tmp_path}/run sleep 60")
     wait_until(lambda: driven.there("began"), SECONDS)
     (driven.run.path / "gone").touch()
-    time.sleep(1)
+    time.sleep(0.5)
     os.kill(driven.process.pid, asked)
     assert driven.end() == 75
     assert not driven.there("error")
