@@ -65,8 +65,9 @@ def import_deepspeed(device: torch.device) -> ModuleType:
         importlib.import_module(_MUON)
         compiler.compile = made
     if device.type == "cpu":
-        # or a compiler runs at init_distributed, and a job killed meanwhile leaves a lock that hangs all later ones
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # or a compiler runs at init_distributed, and a job killed meanwhile leaves a lock that hangs all later ones;
+        # set where DeepSpeed keeps what it has found out, before it tries a compiler on each of its operations
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     return deepspeed
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -56,10 +57,14 @@ def _run(folder: RunFolder, rank: int) -> int:
     heartbeat.at("start", 0)
     requests = StopRequests(folder.stop_request if rank == 0 else None)
     config = load(RunConfig, [folder.config])
-    # torch is imported only now: a mistake in what stands above costs no seconds
+    # torch is imported only now: a mistake in what stands above costs no seconds. What importing it and DeepSpeed makes
+    # stays for good: to search all that for garbage is a tenth of a start, and would be some of every step
+    gc.disable()
     from pretrain.session import Session
 
     session = Session(folder, config, heartbeat)
+    gc.freeze()
+    gc.enable()
     try:
         return session.train(requests)
     finally:

@@ -16,6 +16,8 @@ import pytest
 
 # before torch looks: idle threads of tiny operations make tests twenty times slower on a busy machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# or each of the many processes that tests start compiles the whole project for itself
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # tables and sentences must not break where the path of a temporary folder is long
 os.environ.setdefault("COLUMNS", "200")
 

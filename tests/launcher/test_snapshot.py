@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import marshal
 import os
 import subprocess
 import sys
@@ -71,3 +73,10 @@ def test_a_copy_that_was_changed_is_refused(copy, tmp_path, change):
 def test_what_python_compiles_beside_it_changes_nothing(copy):
     subprocess.run([sys.executable, "-m", "compileall", "-q", str(copy / "configs")], timeout=60, check=True)
     check_code(copy)
+
+
+def test_it_is_compiled_as_it_is_made_so_that_ranks_need_not_and_tracebacks_name_it(copy):
+    for file in copy.rglob("*.py"):
+        compiled = Path(importlib.util.cache_from_source(str(file))).read_bytes()
+        # the format of a .pyc: 16 bytes about its source, then the code
+        assert marshal.loads(compiled[16:]).co_filename == str(file)
