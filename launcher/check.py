@@ -25,6 +25,7 @@ from launcher.prepare import changes_since, check_rows, has_begun, own_mixers, r
 from launcher.runs import check_not_in_use
 from launcher.screen import cores, make_facts, make_table, make_terminal, told
 from pretrain.activations import activation_bytes
+from pretrain.amounts import short_number
 from pretrain.config import RunConfig, micro_rows, tokens_per_step, total_steps
 from pretrain.cost import cost_of, training_bytes
 from pretrain.mixer import TokenMixer
@@ -33,7 +34,6 @@ from pretrain.models.build import build
 from pretrain.ops.expert_parallel import expert_parameters, shard_experts
 from pretrain.optim import STATE_KEYS, lr_scale, param_groups
 from pretrain.parallel import Ranks
-from pretrain.plots import short_number
 from pretrain.run_folder import RunFolder
 
 T = TypeVar("T")

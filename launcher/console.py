@@ -24,8 +24,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pretrain.plots import short_number
-from pretrain.report import duration
+from pretrain.amounts import duration, short_number
 from pretrain.run_folder import Record, RunFolder
 
 PLAIN_EVERY_S = 10.0

@@ -29,7 +29,7 @@ from rich.text import Text
 from configs.errors import DONE
 from data_pipeline.files import human_bytes
 from launcher.screen import cores, harmless, make_table, make_terminal, told
-from pretrain.report import duration
+from pretrain.amounts import duration
 
 PROJECT = "leviathan-pretrain"
 PROBE_S = 60.0

@@ -23,7 +23,7 @@ from launcher.on_slurm import SlurmTeam
 from launcher.preflight import MUST_AGREE, Finding, Report, speed_between
 from launcher.prepare import resolve
 from launcher.screen import harmless, make_table, make_terminal, told
-from pretrain.report import duration
+from pretrain.amounts import duration
 from pretrain.run_folder import RunFolder
 
 

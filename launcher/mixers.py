@@ -17,11 +17,11 @@ from rich.text import Text
 from configs.errors import ConfigError, UsageError
 from launcher.screen import Bar, make_table, make_terminal, one_line, told
 from pretrain import mixer
+from pretrain.amounts import short_number
 from pretrain.certificate.costs import time_power
 from pretrain.certificate.issue import PROMISES, Verdict, certify
 from pretrain.certificate.trial import Candidate, Refused
 from pretrain.mixer import Site, TokenMixer
-from pretrain.plots import short_number
 
 SHOWN_SITE = Site(width=768, length=1024, layer=0, depth=12)
 TEMPLATES = Path(__file__).with_name("templates")

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_pipeline.files import human_bytes
-from pretrain.report import duration
+from pretrain.amounts import duration
 
 PLAIN_EVERY_S = 5.0
 PLAIN_WIDTH = 120

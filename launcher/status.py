@@ -17,8 +17,7 @@ from launcher.branch import shown
 from launcher.jobs import take_away
 from launcher.runs import Owner, State, owners, read_state, state_of, tail
 from launcher.screen import PLAIN_EVERY_S, harmless, make_facts, make_table, make_terminal, one_line, told
-from pretrain.plots import short_number
-from pretrain.report import duration
+from pretrain.amounts import duration, short_number
 from pretrain.run_folder import Record, RunFolder, counted, step_name
 
 STYLES = {

@@ -19,11 +19,11 @@ from configs.errors import UsageError
 from configs.load import load
 from launcher.mixers import SHOWN_SITE, certificate, mark, mixer_facts, score, size_text
 from pretrain import mixer
+from pretrain.amounts import short_number
 from pretrain.certificate.issue import PROMISES
 from pretrain.config import RunConfig
 from pretrain.cost import cost_of
 from pretrain.models.build import build
-from pretrain.plots import short_number
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("configs", "data_pipeline", "pretrain", "launcher", "benchmarks")

@@ -10,7 +10,7 @@ from launcher.ray_jobs import UNKNOWN
 from launcher.runs import State, exit_notes, state_of, tail_text
 from launcher.screen import harmless, make_terminal
 from launcher.status import event_line, place
-from pretrain.report import duration
+from pretrain.amounts import duration
 from pretrain.run_folder import Record
 
 LOG_LINES = 30

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from pretrain.amounts import short_number
+
 SERIES_LIGHT = ("#2563eb", "#d9480f", "#0f8a5f", "#9333ea", "#b7791f", "#0e7c9b", "#c2255c", "#5c7c0a")
 SERIES_DARK = ("#7aa7ff", "#ff9a66", "#4fd1a0", "#c796ff", "#f0c15a", "#5ccbe8", "#ff86ad", "#b4d455")
 LIGHT = {
@@ -235,16 +237,6 @@ def dark(svg: str) -> str:
     for light, partner in pairs:
         svg = svg.replace(light, partner)
     return svg
-
-
-def short_number(value: float) -> str:
-    """`12.3k` for 12,345; `12k` for 12,000."""
-    for unit in ("", "k", "M", "G", "T"):
-        if abs(value) < 999.5 or unit == "T":
-            digits = max(0, 2 - int(math.log10(max(abs(value), 1))))
-            return f"{round(value, digits):.15g}{unit}"
-        value /= 1000
-    raise AssertionError("the loop ends at T")
 
 
 def _figure(rows: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:

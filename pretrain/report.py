@@ -16,10 +16,11 @@ from typing import Any
 
 from data_pipeline.files import write_whole
 from pretrain import plots
+from pretrain.amounts import duration, short_number
 from pretrain.ensemble.relevance import judged
 from pretrain.metrics import redact
 from pretrain.page import escaped, number, page, picture, section, table
-from pretrain.plots import Incident, Line, short_number
+from pretrain.plots import Incident, Line
 from pretrain.run_folder import Record, RunFolder, counted, read_lines
 
 FINAL_STEPS = 20
@@ -350,14 +351,3 @@ def _configuration(run: Run, several: bool) -> str:
         return ""
     folded = f"<details><summary>config.yaml</summary><pre>{escaped(run.config)}</pre></details>"
     return section(f"Configuration of {run.name}" if several else "Configuration", folded)
-
-
-def duration(seconds: float) -> str:
-    """`2 h 05 min` for 7,500 seconds."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours < 72 else f"{hours // 24} d {hours % 24} h"

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 
 from pretrain import plots
+from pretrain.amounts import duration
 from pretrain.ensemble.relevance import judged
 from pretrain.metrics import JsonlSink
 from pretrain.plots import LIGHT, Line
-from pretrain.report import duration, incidents, read_run, write_report
+from pretrain.report import incidents, read_run, write_report
 from pretrain.run_folder import Record, RunFolder, append_line
 
 VOID = {"meta", "img", "source"}
