@@ -250,8 +250,9 @@ def muon(out: Path, stages: list[str]) -> object:
 def models(out: Path, configs: dict[str, dict[str, object]], stages: list[str], steps: int = 3) -> object:
     """Losses and gradient norms of some models over some steps, by name and stage."""
     results = {}
-    for name, config in configs.items():
-        for stage in stages:
+    # stage 3 last, of all: DeepSpeed puts a slower product in place of torch's for it, and leaves it there
+    for stage in stages:
+        for name, config in configs.items():
             engine = engine_of(stage, model=checked(ModelConfig, Layers(dict(config))))
             rows = [engine.step(batches(step), step, 1.0) for step in range(steps)]
             results[f"{name} {stage}"] = [[r.loss, r.grad_norm] for r in rows]
