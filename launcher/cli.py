@@ -162,10 +162,13 @@ def mixers_list(context: typer.Context) -> None:
 @mixers.command("check")
 def mixers_check(
     mixer: Annotated[str | None, typer.Argument(metavar="NAME | FILE", help="A mixer, or a .py file of yours.")] = None,
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Its options where they differ: corr=iir.")
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="Every mixer that comes along, a row each.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For machines: a list of verdicts.")] = False,
 ) -> None:
-    """Certify a mixer: try every promise with its default options, and exit 1 if one is broken."""
+    """Certify a mixer: try every promise, and exit 1 if one is broken."""
     if (mixer is None) != every:
         raise UsageError("`leviathan mixers check` takes one NAME or FILE, or --all; give one of them")
     from launcher.mixers import check_all, check_mixer
@@ -173,7 +176,7 @@ def mixers_check(
     if mixer is None:
         check_all(as_json=as_json)
     else:
-        check_mixer(mixer, as_json=as_json)
+        check_mixer(mixer, options or (), as_json=as_json)
 
 
 @mixers.command("new")

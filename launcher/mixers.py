@@ -15,6 +15,7 @@ import torch
 from rich.text import Text
 
 from configs.errors import ConfigError, UsageError
+from configs.load import build, read
 from launcher.screen import Bar, make_table, make_terminal, one_line, told
 from pretrain import mixer
 from pretrain.amounts import short_number
@@ -126,10 +127,15 @@ def size_text(count: int) -> str:
 # ---- whether they keep it
 
 
-def check_mixer(word: str, *, as_json: bool) -> None:
-    """Print the certificate of a mixer, by name or by file. Raises Refused with the first promise that is broken."""
-    candidate = Candidate(Path(word).stem, file=word) if Path(word).suffix else Candidate(word)
-    mixer.REGISTRY.entry(candidate.name, candidate.file)
+def check_mixer(word: str, options: Sequence[str] = (), *, as_json: bool) -> None:
+    """Print the certificate of a mixer, by name or by file. Raises Refused with the first promise that is broken.
+
+    options: `key=value` words, where they differ from the defaults.
+    """
+    name, file = (Path(word).stem, word) if Path(word).suffix else (word, None)
+    said = read([], options)
+    build(mixer.REGISTRY.entry(name, file).config, said, (name,))
+    candidate = Candidate(name, said.tree, file)
     verdicts = _certificates([candidate], quiet=as_json)[candidate.name]
     if isinstance(verdicts, ConfigError):
         raise verdicts

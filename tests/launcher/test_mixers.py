@@ -68,6 +68,25 @@ def test_words_that_name_no_mixer_are_one_line(words, code, told):
     assert (done.code, done.err) == (code, f"error: {told}\n")
 
 
+def test_a_form_that_an_option_chooses_has_a_certificate_of_its_own(capsys):
+    check_mixer("correlation", ["corr=fft", "n_exp=1"], as_json=True)
+    (growth,) = [row for row in json.loads(capsys.readouterr().out) if row["promise"] == "growth"]
+    assert "the state T^0.00" in growth["told"], "it keeps a spectrum; the default form keeps every key"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["corr=ii"], r"the word 'corr=ii': correlation.corr is 'ii', .* did you mean 'iir'\?"),
+        (["lags=2", "lagz=3"], r"the word 'lagz=3': unknown key 'correlation.lagz'; did you mean 'correlation.lags'\?"),
+        (["iir"], "the word 'iir' is not key=value"),
+    ],
+)
+def test_options_that_a_mixer_does_not_have_are_named(words, told):
+    with pytest.raises(ConfigError, match=told):
+        check_mixer("correlation", words, as_json=True)
+
+
 def test_verdicts_for_machines(leaky, capsys):
     with pytest.raises(Refused):
         check_mixer(str(leaky), as_json=True)
