@@ -24,7 +24,7 @@ from pretrain.checkpoint_files import CheckpointFiles, newest_readable, open_fil
 from pretrain.config import CheckpointConfig, EngineConfig, ModelConfig, OptimConfig, PartConfig
 from pretrain.engine import Engine, TorchEngine
 from pretrain.engine_deepspeed import DeepSpeedEngine
-from pretrain.init import constant, declare, initialise
+from pretrain.init import constant, declare, initialise, materialise
 from pretrain.model import LossParts
 from pretrain.models.build import build
 from pretrain.models.language_model import LanguageModel
@@ -73,7 +73,7 @@ def engine_of(
     built = Counting(model, VOCAB) if counting else build(model, VOCAB)
     if "expert_parallel" in more:
         shard_experts(built, more["expert_parallel"], RANKS)
-    initialise(built.to_empty(device="cpu"), 0)
+    initialise(materialise(built, "cpu"), 0)
     optim = optim or OptimConfig(lr=5e-3, clip=0.5)
     shared = {"sources": 2, "seed": 0, "device": CPU}
     if stage == "torch":
