@@ -97,7 +97,7 @@ def write_tiny(folder: Path, shards: Path, corpus: Path) -> Path:
     path.write_text(
         f"""run: {{name: tiny, dir: {folder / "runs"}}}
 {data_of(shards, corpus)}
-model: {{width: 16, depth: 2, length: 32, mixers: [{{name: correlation, options: {{heads: 2}}}}, {{name: attention}}]}}
+model: {{width: 16, depth: 2, length: 32, mixers: [{{name: correlation}}, {{name: attention}}]}}
 optim: {{lr: 5e-3, warmup_steps: 4}}
 train: {{steps: 20, batch_rows: 8}}
 engine: {{device: cpu, threads: 1}}

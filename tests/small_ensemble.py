@@ -27,7 +27,7 @@ model:
   width: 16
   depth: 2
   length: 32
-  mixers: [{{name: correlation, options: {{heads: 2}}}}]
+  mixers: [{{name: correlation}}]
   ensemble: {{modules: [letters, lists], couple_heads: 2, fusion: mhc, width: 16, heads: 2}}
 optim: {{lr: 5e-3, warmup_steps: 2}}
 train: {{steps: {STEPS}, batch_rows: 8}}
