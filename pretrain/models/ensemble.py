@@ -54,11 +54,6 @@ class LeviathanModelEnsemble(Model):
         self.config, self.vocab, self.length = config.ensemble, vocab, config.length
         if config.stack.name != ModelConfig().stack.name or config.logits.hidden:
             raise ConfigError("an ensemble's models are plain blocks; leave model.stack and model.logits as they are")
-        if config.wrap.passes > 1 and (config.wrap.loss != "last" or config.wrap.checkpoint):
-            raise ConfigError(
-                "an ensemble trains the last pass of its models' wrap and keeps them all; leave model.wrap.loss and"
-                " model.wrap.checkpoint as they are"
-            )
         self.modules_named = list(config.ensemble.modules)
         self.models = Pairs(config, vocab)
         mhc = config.ensemble.fusion == "mhc"
@@ -74,7 +69,15 @@ class LeviathanModelEnsemble(Model):
 
     def forward(self, batch: Batch) -> LossParts:
         layout = Layout(batch.doc_BT, batch.pos_BT, not batch.packed)
-        h_KBTD, _, auxes = self.models(batch.tokens_BT, layout)
+        ran = self.models(batch.tokens_BT, layout)
+        passes = [self._parts(h_KBTD, layout, batch) for h_KBTD in ran.h_KBTD]
+        total = passes[0].total if len(passes) == 1 else torch.stack([parts.total for parts in passes]).mean()
+        if ran.auxes:
+            total, _ = with_aux(total, ran.auxes, batch.count)
+        return passes[-1]._replace(total=total)
+
+    def _parts(self, h_KBTD: Tensor, layout: Layout, batch: Batch) -> LossParts:
+        """The loss of what one pass gives, without that of channel mixers."""
         (log_pi_MBT, log_all_MBT, found_BTF), _ = self._relevance(h_KBTD, layout, None)
         found_NF = None if found_BTF is None else found_BTF.flatten(0, 1)
         alone, targets_N = len(self.modules_named) == 1, batch.targets_BT.reshape(-1)
@@ -92,10 +95,7 @@ class LeviathanModelEnsemble(Model):
             total = total + self.config.alone_loss * own_KN.sum()
         elif self.training:
             total = total + self._joint_losses(batch, log_all_MBT, loss_MBT, counted_BT)
-        measures = self._measures(batch, log_pi_MBT, loss_MBT, counted_BT)
-        if auxes:
-            total, _ = with_aux(total, tuple(aux._replace(loss=aux.loss.mean()) for aux in auxes), batch.count)
-        return LossParts(total, loss_BT.detach(), measures)
+        return LossParts(total, loss_BT.detach(), self._measures(batch, log_pi_MBT, loss_MBT, counted_BT))
 
     def _relevance(self, h_KBTD: Tensor, layout: Layout, state: Any) -> tuple[Fused, Any]:
         """What is relevant to each token where that does not depend on losses, else all alike; the fusion's state."""
@@ -147,7 +147,7 @@ class LeviathanModelEnsemble(Model):
 
     def logits(self, tokens_BT: Tensor, layout: Layout) -> Tensor:
         """(B, T, V): log of the mixture's probabilities."""
-        h_KBTD, _, _ = self.models(tokens_BT, layout)
+        h_KBTD = self.models(tokens_BT, layout).h_KBTD[-1]
         fused, _ = self._relevance(h_KBTD, layout, None)
         return self._mixed(h_KBTD, fused, tokens_BT, layout, *self._nothing_told(len(tokens_BT), h_KBTD))[0]
 
@@ -158,11 +158,12 @@ class LeviathanModelEnsemble(Model):
                 f"this model has learned positions for {self.length} tokens and cannot go on after them;"
                 " use a shorter prompt or fewer tokens, or train with model.positions rope"
             )
-        h_KBTD, layers, _ = self.models(tokens_BT, layout, state.layers)
+        ran = self.models(tokens_BT, layout, state.layers)
+        h_KBTD = ran.h_KBTD[-1]
         fused, fusion = self._relevance(h_KBTD, layout, state.fusion)
         told = (state.evidence_MB, state.last_MBV)
         mixed, evidence_MB, last_MBV = self._mixed(h_KBTD, fused, tokens_BT, layout, *told)
-        after = StreamState(layers, fusion, evidence_MB, last_MBV, layout.pos_BT[:, -1], layout.doc_BT[:, -1])
+        after = StreamState(ran.states, fusion, evidence_MB, last_MBV, layout.pos_BT[:, -1], layout.doc_BT[:, -1])
         return mixed, after
 
     def _mixed(

@@ -92,7 +92,7 @@ def test_members_run_as_one_are_the_members_run_in_turn():
     config = config_of(fusion="uniform")
     model = make(fusion="uniform")
     ids, layout = tokens(rows=ROWS, length=LENGTH), packed()
-    h_KBTD, _, _ = model.models(ids, layout)
+    h_KBTD = model.models(ids, layout).h_KBTD[-1]
     places = dict(members_of(model))
     one = [LanguageModel(config, VOCAB).double() for _ in range(8)]
     x = []

@@ -25,9 +25,10 @@ MODELS: dict[str, dict[str, object]] = {
         "ensemble": {"modules": ["one", "two"], "fusion": "mhc", "width": 16, "freeze": "modules"},
     },
     # without what keeps relevance even: a mean over a micro-batch, as the losses of experts below
-    "ensemble by what its tokens say": {
+    "ensemble by what its tokens say, wrapped": {
         **SMALL,
         "ensemble": {"modules": ["one", "two"], "fusion": "posterior", "balance_loss": 0.0},
+        "wrap": {"passes": 2, "loss": "mean_all", "checkpoint": True},
     },
     "every other mixer": {**SMALL, "depth": len(OTHERS), "mixers": OTHERS},
     "elita": {
