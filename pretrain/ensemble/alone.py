@@ -100,6 +100,7 @@ def without_modules(config: RunConfig, left_out: Sequence[str]) -> RunConfig:
         "modules": modules,
         "top": min(ensemble.top, len(modules) * (2 if ensemble.fusion == "btx" else 1)),
         "domains": {source: module for source, module in ensemble.domains.items() if module in modules},
+        "prior": {module: share for module, share in ensemble.prior.items() if module in modules},
     }
     ensemble = ensemble.model_copy(update=changed)
     return config.model_copy(update={"model": config.model.model_copy(update={"ensemble": ensemble})})

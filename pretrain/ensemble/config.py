@@ -33,6 +33,10 @@ class EnsembleConfig(Config):
     lags: int = key(4, "match", "of `mhc`: lags of the fusion's correlation", gt=0)
     top: int = key(2, "match", "of `mhc`: modules kept for each token; of `btx`: experts that read it", gt=0)
     memory: float = key(1.0, "match", "of `posterior`: share of the evidence left a token later", gt=0, le=1)
+    prior: dict[str, float] = key(
+        {}, "record",
+        "of `posterior`: module: what it is worth before anything is read, as shares of any sum; empty: all alike",
+    )  # fmt: skip
     freeze: Literal["modules", "embeddings", "none"] = key("none", "match", "what is not trained")
     domains: dict[str, str] = key({}, "match", "source of data: module it is for; empty: modules named as sources")
     own_loss: float = key(0.1, "record", "weight of a module's own loss on its domain, jointly trained", ge=0)
@@ -73,7 +77,22 @@ class EnsembleConfig(Config):
             raise ValueError(
                 f"sends a domain to {lost[0]!r}, which is no module; name one of {', '.join(self.modules)}"
             )
+        if self.modules and self.prior:
+            self._check_prior()
         return self
+
+    def _check_prior(self) -> None:
+        lost = sorted(set(self.prior) - set(self.modules))
+        if lost:
+            raise ValueError(f"has a prior for {lost[0]!r}, which is no module; name one of {', '.join(self.modules)}")
+        left_out = [name for name in self.modules if name not in self.prior]
+        if left_out:
+            raise ValueError(f"has a prior for some modules, but none for {left_out[0]!r}; give every module one")
+        bad = [name for name, share in self.prior.items() if share <= 0]
+        if bad:
+            raise ValueError(
+                f"has a prior of {self.prior[bad[0]]:g} for {bad[0]!r}; make it more than 0, or leave the module out"
+            )
 
 
 class ModulesConfig(Config):

@@ -4,9 +4,9 @@
     p(x_{t+1} | x_<=t) = sum_m pi_{t,m} softmax(z^m_t + Delta z_t)          in one row, one document
 
 `fusion` gives pi: `mhc`, a correlation over modules and positions (pretrain/ensemble/fusion.py); `posterior`, what the
-tokens so far say for each module, which needs no training: never worse than the best module by more than log M a
-document (DEMix, arXiv 2108.05036; Branch-Train-Merge, arXiv 2208.03306); `uniform`. A module alone is trained first,
-by its own loss and a part of its two models' own.
+tokens so far say for each module on top of its `prior`, which needs no training: never worse than module m by more than
+-log prior_m a document, log M where all are alike (DEMix, arXiv 2108.05036; Branch-Train-Merge, arXiv 2208.03306);
+`uniform`. A module alone is trained first, by its own loss and a part of its two models' own.
 
 Source: "Leviathan" (attention-free-revolution) names eight models in four modules and "only the relevant part"; every
 equation here is this project's.
@@ -17,6 +17,7 @@ Shapes: M modules, K = 2 M models, B rows, T tokens, N = B T, D width, V vocabul
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import log
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +86,8 @@ class LeviathanModelEnsemble(Model):
         loss_MBT = loss_MN.unflatten(1, batch.targets_BT.shape)
         if self.config.fusion == "posterior":
             before_MB = loss_MBT.new_zeros(loss_MBT.shape[:2])
-            log_pi_MBT = self._posterior(_arrived(loss_MBT, layout), layout, before_MB)
+            told_MBT = _arrived(loss_MBT, layout)
+            log_pi_MBT = self._posterior(evidence(told_MBT, layout, before_MB, self.config.memory))
             # evidence grows with a document: from one token in a million on, no more is asked of the right module
             log_all_MBT = log_pi_MBT.clamp_min(-13.8)
         counted_BT = batch.targets_BT != IGNORE
@@ -106,8 +108,14 @@ class LeviathanModelEnsemble(Model):
         alike_MBT = self._among_present(h_KBTD.new_zeros(size, dtype=exact(h_KBTD.dtype)))
         return Fused(alike_MBT, alike_MBT, None), state
 
-    def _posterior(self, told_MBT: Tensor, layout: Layout, before_MB: Tensor) -> Tensor:
-        return self._among_present(evidence(told_MBT, layout, before_MB, self.config.memory))
+    def _posterior(self, evidence_MBT: Tensor) -> Tensor:
+        """Log of what modules are worth, by their prior and what was told."""
+        if self.config.prior:
+            shares = [self.config.prior[name] for name in self.modules_named]
+            # against the largest: so that equal shares add nothing, to the bit
+            against = [log(share) - log(max(shares)) for share in shares]
+            evidence_MBT = evidence_MBT + evidence_MBT.new_tensor(against).view(-1, 1, 1)
+        return self._among_present(evidence_MBT)
 
     def _among_present(self, score_MBT: Tensor) -> Tensor:
         there = torch.tensor(self.present, device=score_MBT.device).view(-1, 1, 1)
@@ -179,7 +187,7 @@ class LeviathanModelEnsemble(Model):
             ids = tokens_BT[None, :, :, None].expand(len(expected), *tokens_BT.shape, 1)
             told_MBT = -expected.gather(-1, ids).squeeze(-1).masked_fill(layout.pos_BT == 0, 0.0)
             evidence_MBT = evidence(told_MBT, layout, before_MB, self.config.memory)
-            log_pi_MBT, before_MB = self._among_present(evidence_MBT), evidence_MBT[:, :, -1]
+            log_pi_MBT, before_MB = self._posterior(evidence_MBT), evidence_MBT[:, :, -1]
         return torch.logsumexp(log_pi_MBT[..., None] + log_p_MBTV, dim=0), before_MB, log_p_MBTV[:, :, -1]
 
     def _nothing_told(self, rows: int, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from pretrain.checkpoint_files import MANIFEST, newest_readable, open_files, own
 from pretrain.engine import PARAM, FragmentReader
 from pretrain.ensemble.alone import module_run, without_modules
 from pretrain.ensemble.combine import join
+from pretrain.ensemble.config import EnsembleConfig
 from pretrain.init import initialise
 from pretrain.layout import Layout
 from pretrain.member_names import stacked_names
@@ -95,9 +96,10 @@ def test_a_name_that_becomes_too_long_is_told(place):
 
 
 def test_an_ensemble_without_a_module_is_that_of_the_others(place):
-    whole, _ = resolve([place / "duo.yaml"], [])
+    whole, _ = resolve([place / "duo.yaml"], ["model.ensemble.prior={letters: 3, lists: 1}"])
     ensemble = without_modules(whole, ["letters"]).model.ensemble
-    assert (ensemble.modules, ensemble.top) == (("lists",), 1)
+    assert (ensemble.modules, ensemble.top, ensemble.prior) == (("lists",), 1, {"lists": 1.0})
+    assert EnsembleConfig.model_validate(ensemble.model_dump()) == ensemble
     with pytest.raises(UsageError, match="no module 'letter'; this ensemble has letters, lists"):
         without_modules(whole, ["letter"])
     with pytest.raises(UsageError, match="keep at least one"):
