@@ -16,10 +16,18 @@ FIRST, SECOND = "a", "b"
 Fusion = Literal["none", "mhc", "posterior", "uniform", "btx"]
 
 
+class ShapeConfig(Config):
+    """The shape of a module's two models, where it is not the model's own."""
+
+    width: int | None = key(None, "match", "width of its models; empty: model.width", gt=0)
+    depth: int | None = key(None, "match", "blocks of its models; empty: model.depth", gt=0)
+
+
 class EnsembleConfig(Config):
     """The LeviathanModelEnsemble; off while `modules` is empty."""
 
     modules: tuple[str, ...] = key((), "match", "names of the modules, two models each; empty: a single model")
+    shapes: dict[str, ShapeConfig] = key({}, "match", "module: its own width and depth; empty: all have the model's")
     couple_every: int = key(1, "match", "blocks between couplings of a module's two models; 0: never", ge=0)
     couple_heads: int = key(4, "match", "heads of a coupling", gt=0)
     couple_lags: int = key(4, "match", "lags of a coupling's correlation", gt=0)
@@ -72,21 +80,22 @@ class EnsembleConfig(Config):
             raise ValueError(f"has a fusion of width {self.width} for {self.heads} heads; make it a multiple")
         if self.freeze == "modules" and self.fusion != "mhc":
             raise ValueError(f"freezes its modules, and fusion {self.fusion} has nothing to train; set freeze none")
-        lost = sorted(set(self.domains.values()) - set(self.modules))
-        if self.modules and lost:
-            raise ValueError(
-                f"sends a domain to {lost[0]!r}, which is no module; name one of {', '.join(self.modules)}"
-            )
-        if self.modules and self.prior:
-            self._check_prior()
+        if self.modules:
+            self._check_names()
         return self
 
-    def _check_prior(self) -> None:
-        lost = sorted(set(self.prior) - set(self.modules))
-        if lost:
-            raise ValueError(f"has a prior for {lost[0]!r}, which is no module; name one of {', '.join(self.modules)}")
+    def _check_names(self) -> None:
+        named = {
+            "sends a domain to": self.domains.values(),
+            "has a prior for": self.prior,
+            "gives a shape to": self.shapes,
+        }
+        for what, names in named.items():
+            lost = sorted(set(names) - set(self.modules))
+            if lost:
+                raise ValueError(f"{what} {lost[0]!r}, which is no module; name one of {', '.join(self.modules)}")
         left_out = [name for name in self.modules if name not in self.prior]
-        if left_out:
+        if self.prior and left_out:
             raise ValueError(f"has a prior for some modules, but none for {left_out[0]!r}; give every module one")
         bad = [name for name, share in self.prior.items() if share <= 0]
         if bad:

@@ -18,7 +18,7 @@ from pretrain.members import members_of
 from pretrain.models.build import build
 from pretrain.models.language_model import LanguageModel
 from tests.contract.cases import noise, packed, piece, tokens
-from tests.pretrain.ensembles import FUSIONS, LENGTH, MODULES, ROWS, VOCAB, WIDTH, batch_of, config_of, make
+from tests.pretrain.ensembles import FUSIONS, LENGTH, MODULES, ROWS, SHAPES, VOCAB, WIDTH, batch_of, config_of, make
 
 over_fusions = pytest.mark.parametrize("fusion", FUSIONS)
 
@@ -208,7 +208,7 @@ def test_relevance_is_the_attention_that_modules_get_and_keeps_the_top():
     """The two-stage softmax is one over all (module, position), written out."""
     model, h, layout = make(fusion="mhc", top=4), noise(4, ROWS, LENGTH, WIDTH), packed()
     fusion = model.fusion
-    fused, _ = fusion(h, layout, [True] * 4)
+    fused, _ = fusion([h], layout, [True] * 4)
     u = fusion.norm(sum(h[m] @ fusion.mix.weight[m].T for m in range(4)))
     q = fusion.query(u).view(ROWS, LENGTH, 2, 8)
     kv = torch.stack([h[m] @ fusion.key_value.weight[m].T for m in range(4)])
@@ -225,7 +225,7 @@ def test_relevance_is_the_attention_that_modules_get_and_keeps_the_top():
     found = torch.einsum("bhtms,mbshe->bthe", A, v).flatten(2)
     torch.testing.assert_close(fused.found_BTF, found, rtol=0, atol=1e-12)
     fusion.top = 2
-    kept = fusion(h, layout, [True] * 4)[0].log_pi_MBT.exp()
+    kept = fusion([h], layout, [True] * 4)[0].log_pi_MBT.exp()
     assert ((kept > 0).sum(0) == 2).all()
     top = pi.topk(2, dim=-1)
     expected = torch.zeros_like(pi).scatter(-1, top.indices, top.values / top.values.sum(-1, keepdim=True))
@@ -277,6 +277,8 @@ def test_mistakes_in_an_ensemble_are_told():
         ({"fusion": "mhc", "domains": {"web": "five"}}, "'five'"),
         ({"fusion": "mhc", "heads": 3}, "multiple"),
         ({"fusion": "posterior", "freeze": "modules"}, "nothing to train"),
+        ({"fusion": "mhc", "shapes": {"five": {"width": 8}}}, "gives a shape to 'five', which is no module"),
+        ({"fusion": "btx", "shapes": {"two": {"depth": 3}}}, "'two' a shape of its own, but fusion btx makes all"),
         ({"fusion": "posterior", "prior": {"one": 1.0}}, "but none for 'two'; give every module one"),
         ({"fusion": "posterior", "prior": PRIOR | {"five": 1.0}}, "a prior for 'five', which is no module"),
         ({"fusion": "posterior", "prior": PRIOR | {"four": 0.0}}, "a prior of 0 for 'four'; make it more than 0"),
@@ -287,6 +289,8 @@ def test_mistakes_in_an_ensemble_are_told():
         config_of(["one", "one"], fusion="mhc")
     with pytest.raises(ConfigError, match="plain blocks"):
         build(config_of(fusion="uniform", logits={"hidden": 8}), VOCAB)
+    with pytest.raises(ConfigError, match=r"^model.ensemble.shapes.two: model.width 9 is not a multiple of 2 heads"):
+        build(config_of(fusion="uniform", shapes={"two": {"width": 9}}), VOCAB)
 
 
 VARIANTS = [
@@ -297,6 +301,7 @@ VARIANTS = [
     {"couple_every": 2, "norm": "layernorm_plain", "channel": {"name": "feedforward2"}},
     {"couple_every": 0},
     {"fusion": "posterior", "prior": PRIOR, "memory": 0.9},
+    {"shapes": SHAPES, "tie": False, "positions": "learned"},
 ]
 
 
