@@ -26,7 +26,7 @@ from launcher.runs import check_not_in_use
 from launcher.screen import cores, make_facts, make_table, make_terminal, told
 from pretrain.activations import activation_bytes
 from pretrain.amounts import short_number
-from pretrain.config import RunConfig, micro_rows, tokens_per_step, total_steps
+from pretrain.config import RunConfig, micro_rows, shape_of, shaped_modules, tokens_per_step, total_steps
 from pretrain.cost import cost_of, training_bytes
 from pretrain.mixer import TokenMixer
 from pretrain.model import Model
@@ -130,7 +130,9 @@ def _about_model(config: RunConfig, model: Model) -> Table:
     table.add_row("shape", f"width {shape.width}, rows of {shape.length:,} tokens, vocabulary {model.vocab:,}")
     modules = shape.ensemble.modules
     if modules:
-        table.add_row("modules", f"{', '.join(modules)}: two models each, fusion {shape.ensemble.fusion}")
+        told = f"{', '.join(modules)}: two models each, fusion {shape.ensemble.fusion}"
+        own = {name: shape_of(shape, name) for name in shaped_modules(shape)}
+        table.add_row("modules", "; ".join([told, *(f"{m} is {w} wide, {d} deep" for m, (w, d) in own.items())]))
     if modules or any(isinstance(module, TokenMixer) for module in model.modules()):
         table.add_row("blocks", f"{_runs(blocks)}; channel mixer {shape.channel.name}, {shape.norm}, {shape.positions}")
     again = f", run {shape.wrap.passes} times" if shape.wrap.passes > 1 else ""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel
 
 from configs.schema import nested_schema, resume_class
-from data_pipeline.config import SourceConfig
 from launcher.config import LaunchConfig
 from pretrain.config import RunConfig
 
@@ -47,9 +46,9 @@ def _keys(schema: type[BaseModel], depth: int) -> Iterator[str]:
         yield from (f"{indent}# {line}" for line in textwrap.wrap(comment, 110))
         default = None if info.is_required() else info.get_default(call_default_factory=True)
         yield f"{indent}{name}: {_flow(default)}".rstrip()
-        if name == "sources":
+        if inner is not None and get_origin(info.annotation) is dict:
             yield f"{indent}#  NAME:"
-            yield from (line.replace(indent, f"{indent}#    ", 1) for line in _keys(SourceConfig, depth))
+            yield from (line.replace(indent, f"{indent}#    ", 1) for line in _keys(inner, depth))
 
 
 def _flow(value: Any) -> str:

@@ -120,7 +120,9 @@ def _source(text: str) -> str:
 
 
 def size_text(count: int) -> str:
-    """Bytes in KiB or MiB."""
+    """Bytes, in KiB or MiB where they are many."""
+    if count < 1 << 10:
+        return f"{count} B"
     return f"{count / 1024:,.0f} KiB" if count < 1 << 20 else f"{count / (1 << 20):,.1f} MiB"
 
 

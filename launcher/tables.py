@@ -70,19 +70,24 @@ def promises() -> str:
 
 
 def models() -> str:
-    """Every model preset and its size, with the vocabulary of bytes."""
+    """Every model preset and what it costs, with the vocabulary of bytes."""
     rows = []
     for path in sorted((ROOT / "configs/models").glob("*.yaml")):
         config = load(RunConfig, [path]).model
         model = build(config, BYTES_VOCAB)
         cost = cost_of(model)
         mixed = ", ".join(f"{part.name} ×{part.options.get('heads', '?')} heads" for part in config.mixers)
-        if not any(isinstance(module, mixer.TokenMixer) for module in model.modules()):
+        if config.ensemble.modules:
+            mixed += f", in {len(config.ensemble.modules)} modules of two models"
+        elif not any(isinstance(module, mixer.TokenMixer) for module in model.modules()):
             mixed = config.stack.name
         depth = f"{config.depth} ×{config.wrap.passes}" if config.wrap.passes > 1 else str(config.depth)
-        rows.append([f"`models/{path.stem}`", mixed, str(config.width), depth, str(config.length),
-                     f"{cost.parameters:,}", short_number(cost.flops_per_token)])  # fmt: skip
-    return markdown(["preset", "mixer", ">width", ">depth", ">length", ">parameters", ">training FLOPs a token"], rows)
+        rows.append([
+            f"`models/{path.stem}`", mixed, str(config.width), depth, str(config.length), f"{cost.parameters:,}",
+            short_number(cost.flops_per_token), size_text(cost.state_bytes),
+        ])  # fmt: skip
+    return markdown(["preset", "mixer", ">width", ">depth", ">length", ">parameters", ">training FLOPs a token",
+                     ">decoding state"], rows)  # fmt: skip
 
 
 def files() -> str:

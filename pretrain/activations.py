@@ -6,9 +6,10 @@ the count is what a real pass saves; on a GPU other kernels are chosen, and it i
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +27,11 @@ _OUTSIDE = -1
 
 
 class _Call(NamedTuple):
-    """Of one call of a segment: bytes of its inputs, and bytes that it saves."""
+    """Of one call of a segment: bytes of its inputs, bytes that it saves, and the segment's number."""
 
     inputs: int
     saved: int
+    segment: int
 
 
 def activation_bytes(config: ModelConfig, vocab: int, rows: int, *, bf16: bool, recompute: bool) -> int:
@@ -41,9 +43,19 @@ def activation_bytes(config: ModelConfig, vocab: int, rows: int, *, bf16: bool, 
         model = make_model(seen, vocab).train()
         outside, calls = _saved_by_call(model, _batch(rows, config.length))
     again = wrap.checkpoint and wrap.passes > 1
-    size = len(calls) // wrap.passes if again else len(calls)
-    parts = [calls[at : at + size] for at in range(0, len(calls), size)]
-    return outside + _kept([_Call(part[0].inputs, _kept(part, recompute)) for part in parts], again)
+    parts = _by_pass(calls, wrap.passes if again else 1)
+    return outside + _kept([part[0]._replace(saved=_kept(part, recompute)) for part in parts], again)
+
+
+def _by_pass(calls: Sequence[_Call], passes: int) -> list[list[_Call]]:
+    """The calls of each pass; of models that run in groups, of each pass of a group."""
+    total, seen = Counter(call.segment for call in calls), Counter[int]()
+
+    def number(call: _Call) -> int:
+        seen[call.segment] += 1
+        return (seen[call.segment] - 1) * passes // total[call.segment]
+
+    return [list(part) for _, part in groupby(calls, key=number)]
 
 
 def _kept(calls: Sequence[_Call], again: bool) -> int:
@@ -55,18 +67,21 @@ def _kept(calls: Sequence[_Call], again: bool) -> int:
 
 def _saved_by_call(model: Model, batch: Batch) -> tuple[int, list[_Call]]:
     """Bytes that autograd saves outside of all segments, and in each call of a segment; one may be called often."""
-    saved, inputs = Saved(model.parameters()), list[int]()
+    saved, inputs, called = Saved(model.parameters()), list[int](), list[int]()
 
-    def enter(_: nn.Module, given: tuple[Any, ...]) -> None:
+    def enter(segment: nn.Module, given: tuple[Any, ...]) -> None:
         saved.enter(len(inputs))
         inputs.append(sum(t.nbytes for t in tree_leaves(given) if torch.is_tensor(t) and t.is_floating_point()))
+        called.append(id(segment))
 
     for segment in model.segments():
         segment.register_forward_pre_hook(enter)
         segment.register_forward_hook(lambda *_: saved.enter(_OUTSIDE))
     with saved.counting():
         model(batch)
-    return saved.bytes[_OUTSIDE], [_Call(size, saved.bytes[number]) for number, size in enumerate(inputs)]
+    return saved.bytes[_OUTSIDE], [
+        _Call(size, saved.bytes[number], segment) for number, (size, segment) in enumerate(zip(inputs, called))
+    ]
 
 
 class Saved:

@@ -12,7 +12,7 @@ from pydantic import model_validator
 from configs.errors import ConfigError
 from configs.schema import Config, key, section, values
 from data_pipeline.config import DataConfig
-from pretrain.ensemble.config import EnsembleConfig, ModulesConfig
+from pretrain.ensemble.config import EnsembleConfig, ModulesConfig, ShapeConfig
 
 RUN_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 
@@ -79,9 +79,15 @@ class ModelConfig(Config):
     )
 
     @model_validator(mode="after")
-    def _has_mixers(self) -> ModelConfig:
+    def _fits_together(self) -> ModelConfig:
         if not self.mixers:
             raise ValueError("has no mixers; name at least one under model.mixers")
+        shaped = shaped_modules(self)
+        if shaped and self.ensemble.fusion == "btx":
+            raise ValueError(
+                f"gives the module {shaped[0]!r} a shape of its own, but fusion btx makes all models one; leave"
+                " model.ensemble.shapes empty, or choose mhc, posterior or uniform"
+            )
         return self
 
 
@@ -212,7 +218,24 @@ class RunConfig(Config):
             raise ValueError(f"optim.name muon does not work with engine.zero {self.engine.zero}; set engine.zero=0")
         if self.engine.offload_optimizer and self.engine.zero == 0:
             raise ValueError("engine.offload_optimizer needs engine.zero 1, 2 or 3")
+        shaped = shaped_modules(self.model)
+        if shaped and self.modules.seed_steps:
+            raise ValueError(
+                f"modules.seed_steps {self.modules.seed_steps} has all models begin from one, but"
+                f" model.ensemble.shapes gives the module {shaped[0]!r} a shape of its own; set one or the other"
+            )
         return self
+
+
+def shape_of(model: ModelConfig, module: str) -> tuple[int, int]:
+    """Width and depth of a module's models."""
+    own = model.ensemble.shapes.get(module, ShapeConfig())
+    return own.width or model.width, own.depth or model.depth
+
+
+def shaped_modules(model: ModelConfig) -> list[str]:
+    """The modules whose shape is not the model's own."""
+    return [name for name in model.ensemble.modules if shape_of(model, name) != (model.width, model.depth)]
 
 
 def tokens_per_step(config: RunConfig) -> int:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.groups import without_groups
 from pretrain.ops.mapped import at_once, is_mapped, of_all_members
 from pretrain.parallel import derive_seed
 
@@ -113,15 +114,17 @@ def materialise(model: SomeModel, device: torch.device | str) -> SomeModel:
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
     """Fill every parameter and buffer as declared. Raises TypeError for one that nobody declared."""
+    plain = without_groups(model)
     for name, tensor, fill in _declared(model):
-        fill(tensor, _generator(seed, name))
+        fill(tensor, _generator(seed, plain(name)))
 
 
 @torch.no_grad()
 def first_values(model: nn.Module, seed: int, names: Collection[str]) -> dict[str, Tensor]:
     """What `initialise` fills some parameters and buffers with, on the CPU; the model may be without memory."""
+    plain = without_groups(model)
     return {
-        name: fill(torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"), _generator(seed, name))
+        name: fill(torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu"), _generator(seed, plain(name)))
         for name, tensor, fill in _declared(model)
         if name in names
     }

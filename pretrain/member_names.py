@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from data_pipeline.batch import Batch
 from pretrain.engine import Engine, EngineState, Fragment, FragmentReader, StepResult, Votes, no_votes
+from pretrain.groups import without_groups
 from pretrain.members import members_of
 from pretrain.model import LossParts, Model
 
@@ -24,8 +25,9 @@ Stacked = dict[str, list[str]]
 
 def stacked_names(model: nn.Module) -> Stacked:
     """Every stacked parameter of a model, and the names its members' parts are saved under."""
+    plain = without_groups(model)
     return {
-        f"{path}.{name}": [f"modules.{member}.{path}.{name.replace('/', '.')}" for member in members.names]
+        f"{path}.{name}": [f"modules.{member}.{plain(path)}.{name.replace('/', '.')}" for member in members.names]
         for path, members in members_of(model)
         for name, _ in members.named_parameters(recurse=False)
     }

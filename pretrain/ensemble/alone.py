@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from configs.errors import ConfigError
 from data_pipeline.config import SourceConfig
-from pretrain.config import RUN_NAME, ModelConfig, RunConfig
+from pretrain.config import RUN_NAME, ModelConfig, RunConfig, shape_of
 from pretrain.ensemble.config import EnsembleConfig, ModulesConfig, remaining
 
 SEED = "seed"
@@ -33,7 +33,8 @@ def module_model(model: ModelConfig, module: str) -> ModelConfig:
         modules=(module,), couple_every=whole.couple_every, couple_heads=whole.couple_heads,
         couple_lags=whole.couple_lags, alone_loss=whole.alone_loss,
     )  # fmt: skip
-    return model.model_copy(update={"ensemble": alone})
+    width, depth = shape_of(model, module)
+    return model.model_copy(update={"width": width, "depth": depth, "ensemble": alone})
 
 
 def seed_run(config: RunConfig) -> RunConfig:
@@ -100,6 +101,8 @@ def without_modules(config: RunConfig, left_out: Sequence[str]) -> RunConfig:
         "modules": modules,
         "top": min(ensemble.top, len(modules) * (2 if ensemble.fusion == "btx" else 1)),
         "domains": {source: module for source, module in ensemble.domains.items() if module in modules},
+        "prior": {module: share for module, share in ensemble.prior.items() if module in modules},
+        "shapes": {module: shape for module, shape in ensemble.shapes.items() if module in modules},
     }
     ensemble = ensemble.model_copy(update=changed)
     return config.model_copy(update={"model": config.model.model_copy(update={"ensemble": ensemble})})

@@ -67,7 +67,8 @@ def join(modules: Mapping[str, Record], config: ModelConfig, vocab: int, tokeniz
     for name, origin in modules.items():
         where, files[name] = _opened(f"the module {name}", origin, tokenizer)
         expected = own_shapes(build(module_model(config, name), vocab))
-        _check_shapes(where, _of_module(name, files[name].shapes), expected)
+        besides = f", or say in model.ensemble.shapes.{name} what it is" if config.ensemble.fusion != "btx" else ""
+        _check_shapes(where, _of_module(name, files[name].shapes), expected, besides)
     model = build(config, vocab)
     if config.ensemble.fusion == "btx":
         _check_one_seed(modules)
@@ -141,8 +142,8 @@ def _of_module(module: str, shapes: Shapes) -> Shapes:
     return {name: shape for name, shape in shapes.items() if name.startswith(models)}
 
 
-def _check_shapes(where: str, theirs: Shapes, mine: Shapes) -> None:
-    """Say in what a part differs from what it is to be a part of."""
+def _check_shapes(where: str, theirs: Shapes, mine: Shapes, shape: str = "") -> None:
+    """Say in what a part differs from what it is to be a part of. shape: what to do besides about a width or depth."""
     if not set(mine) & set(theirs):
         raise ConfigError(f"{where} holds nothing of that name; name a run that trained it")
     found, expected = _sizes(theirs), _sizes(mine)
@@ -150,7 +151,10 @@ def _check_shapes(where: str, theirs: Shapes, mine: Shapes) -> None:
     of_each = [(name, theirs.get(name, "absent"), mine.get(name, "absent")) for name in {**mine, **theirs}]
     for name, there, here in [*sizes, *of_each]:
         if there != here:
-            raise ConfigError(f"{where} has {name} {there}, expected {here}; train it as a part of this ensemble")
+            besides = shape if name in ("width", "depth") else ""
+            raise ConfigError(
+                f"{where} has {name} {there}, expected {here}; train it as a part of this ensemble{besides}"
+            )
 
 
 def _sizes(shapes: Shapes) -> dict[str, int]:

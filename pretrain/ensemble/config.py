@@ -16,10 +16,18 @@ FIRST, SECOND = "a", "b"
 Fusion = Literal["none", "mhc", "posterior", "uniform", "btx"]
 
 
+class ShapeConfig(Config):
+    """The shape of a module's two models, where it is not the model's own."""
+
+    width: int | None = key(None, "match", "width of its models; empty: model.width", gt=0)
+    depth: int | None = key(None, "match", "blocks of its models; empty: model.depth", gt=0)
+
+
 class EnsembleConfig(Config):
     """The LeviathanModelEnsemble; off while `modules` is empty."""
 
     modules: tuple[str, ...] = key((), "match", "names of the modules, two models each; empty: a single model")
+    shapes: dict[str, ShapeConfig] = key({}, "match", "module: its own width and depth; empty: all have the model's")
     couple_every: int = key(1, "match", "blocks between couplings of a module's two models; 0: never", ge=0)
     couple_heads: int = key(4, "match", "heads of a coupling", gt=0)
     couple_lags: int = key(4, "match", "lags of a coupling's correlation", gt=0)
@@ -33,6 +41,10 @@ class EnsembleConfig(Config):
     lags: int = key(4, "match", "of `mhc`: lags of the fusion's correlation", gt=0)
     top: int = key(2, "match", "of `mhc`: modules kept for each token; of `btx`: experts that read it", gt=0)
     memory: float = key(1.0, "match", "of `posterior`: share of the evidence left a token later", gt=0, le=1)
+    prior: dict[str, float] = key(
+        {}, "record",
+        "of `posterior`: module: what it is worth before anything is read, as shares of any sum; empty: all alike",
+    )  # fmt: skip
     freeze: Literal["modules", "embeddings", "none"] = key("none", "match", "what is not trained")
     domains: dict[str, str] = key({}, "match", "source of data: module it is for; empty: modules named as sources")
     own_loss: float = key(0.1, "record", "weight of a module's own loss on its domain, jointly trained", ge=0)
@@ -68,12 +80,28 @@ class EnsembleConfig(Config):
             raise ValueError(f"has a fusion of width {self.width} for {self.heads} heads; make it a multiple")
         if self.freeze == "modules" and self.fusion != "mhc":
             raise ValueError(f"freezes its modules, and fusion {self.fusion} has nothing to train; set freeze none")
-        lost = sorted(set(self.domains.values()) - set(self.modules))
-        if self.modules and lost:
-            raise ValueError(
-                f"sends a domain to {lost[0]!r}, which is no module; name one of {', '.join(self.modules)}"
-            )
+        if self.modules:
+            self._check_names()
         return self
+
+    def _check_names(self) -> None:
+        named = {
+            "sends a domain to": self.domains.values(),
+            "has a prior for": self.prior,
+            "gives a shape to": self.shapes,
+        }
+        for what, names in named.items():
+            lost = sorted(set(names) - set(self.modules))
+            if lost:
+                raise ValueError(f"{what} {lost[0]!r}, which is no module; name one of {', '.join(self.modules)}")
+        left_out = [name for name in self.modules if name not in self.prior]
+        if self.prior and left_out:
+            raise ValueError(f"has a prior for some modules, but none for {left_out[0]!r}; give every module one")
+        bad = [name for name, share in self.prior.items() if share <= 0]
+        if bad:
+            raise ValueError(
+                f"has a prior of {self.prior[bad[0]]:g} for {bad[0]!r}; make it more than 0, or leave the module out"
+            )
 
 
 class ModulesConfig(Config):

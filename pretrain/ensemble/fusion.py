@@ -14,13 +14,16 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pretrain.config import ModelConfig
 from pretrain.correlation.lag import first_weights
-from pretrain.ensemble.config import EnsembleConfig
+from pretrain.ensemble.shapes import Order, groups_of
+from pretrain.groups import grouped, parts_of
 from pretrain.init import Linear, constant, declare, linear, normal, values
 from pretrain.layout import Layout
 from pretrain.members import Members
@@ -50,36 +53,46 @@ class Stream(NamedTuple):
 class Fusion(nn.Module):
     """One for the whole ensemble; what it keeps for a module is named as that module's own."""
 
-    def __init__(self, config: EnsembleConfig, width: int, vocab: int) -> None:
+    def __init__(self, model: ModelConfig, vocab: int) -> None:
         super().__init__()
-        modules, own = list(config.modules), config.width
-        self.count, self.heads, self.lags, self.top = len(modules), config.heads, config.lags, config.top
-        self.width, self.inner, self.vocab = width, own, vocab
+        config, groups, self.order = model.ensemble, groups_of(model), Order(model)
+        own, count = config.width, len(config.modules)
+        self.count, self.heads, self.lags, self.top = count, config.heads, config.lags, config.top
+        # of all modules together
+        self.width = sum(len(group.ensemble.modules) * group.width for group in groups)
+        self.inner, self.vocab = own, vocab
         self.scale = (own // config.heads) ** -0.5
-        self.mix = Members(lambda: _linear(width, own, (len(modules) * width) ** -0.5), modules)
+        std = {group.width: (count * group.width) ** -0.5 for group in groups}
+        self.mix = grouped([Members(partial(_linear, g.width, own, std[g.width]), g.ensemble.modules) for g in groups])
         self.norm = RmsNorm(own)
         self.query = linear(own, own)
-        self.key_value = Members(lambda: linear(width, 2 * own), modules)
+        self.key_value = grouped([Members(partial(linear, g.width, 2 * own), g.ensemble.modules) for g in groups])
         self.weights = nn.Parameter(torch.empty(self.heads, self.lags, 1))
         declare(self, {"weights": values(lambda: first_weights("geometric", self.heads, self.lags)[..., None])})
         self.out = nn.Linear(own, vocab, bias=False)
         declare(self.out, {"weight": constant(0.0)})
 
     def forward(
-        self, h_MBTD: Tensor, layout: Layout, present: Sequence[bool], state: Stream | None = None
+        self, groups: Sequence[Tensor], layout: Layout, present: Sequence[bool], state: Stream | None = None
     ) -> tuple[Fused, Stream | None]:
-        """What is relevant to each token. present: of each module whether it is there at all."""
-        there = torch.tensor(present, dtype=h_MBTD.dtype, device=h_MBTD.device).view(-1, 1, 1, 1)
-        h_MBTD = h_MBTD * there
-        q = self.query(self.norm(self.mix(h_MBTD).sum(0))).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        k, v = self._all_heads(self.key_value(h_MBTD))
+        """What is relevant to each token. groups: h_MBTD of the modules of each shape. present: of each module whether
+        it is there at all."""
+        theres = [
+            h.new_tensor([present[place] for place in own]).view(-1, 1, 1, 1)
+            for h, own in zip(groups, self.order.groups)
+        ]
+        groups = [h_MBTD * there for h_MBTD, there in zip(groups, theres)]
+        u, *others = [mix(h_MBTD).sum(0) for mix, h_MBTD in zip(parts_of(self.mix), groups)]
+        q = self.query(self.norm(sum(others, u))).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        found = [key_value(h_MBTD) for key_value, h_MBTD in zip(parts_of(self.key_value), groups)]
+        k, v = self._all_heads(self.order.of_all(found))
         weights = self.weights.to(q.dtype)
         if state is None:
             scores, v_all = self._scores(q, k, weights, layout), v
         else:
             scores, state = self._stream(q, k, v, weights, layout, state)
             v_all = state.cache.v
-        return self._combined(scores, v_all, there.view(1, -1, 1, 1) > 0), state
+        return self._combined(scores, v_all, self.order.of_all(theres).view(1, -1, 1, 1) > 0), state
 
     def _all_heads(self, kv_MBTF: Tensor) -> tuple[Tensor, Tensor]:
         """(B, M H, T, E) keys and values of all modules."""
@@ -127,8 +140,8 @@ class Fusion(nn.Module):
 
     def flops_per_token(self, length: int) -> int:
         """Operations of a forward pass per token of a row of `length`, W_o included."""
-        by_module = 6 * self.width * self.inner + (self.lags + 1) * length * self.inner
-        return self.count * by_module + 2 * self.inner * self.inner + 2 * self.inner * self.vocab
+        of_modules = 6 * self.width * self.inner + self.count * (self.lags + 1) * length * self.inner
+        return of_modules + 2 * self.inner * self.inner + 2 * self.inner * self.vocab
 
     def state_bytes(self, length: int) -> int:
         """Bytes of the state of one sequence after `length` tokens, in bf16."""

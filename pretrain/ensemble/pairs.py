@@ -5,7 +5,7 @@ Shapes: K models (2 for each module: the first, the second), B rows, T tokens, D
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +23,8 @@ from pretrain.layout import Layout
 from pretrain.members import Members, MemberTables
 from pretrain.mixer import State
 from pretrain.norms import make_norm
-from pretrain.wrap import Shift
+from pretrain.stack import StackOutput
+from pretrain.wrap import Shift, merged
 
 
 class LayerState(NamedTuple):
@@ -54,6 +55,15 @@ class Layer(nn.Module):
         return x_KBTD, None if state is None else LayerState(block_state, state_of_couplings), aux
 
 
+class Ran(NamedTuple):
+    """h_KBTD: after the last norm, of each pass that a loss is made of; the last is the last pass's. states: of the
+    layers, in the order they were run. auxes: what channel mixers tell of all models."""
+
+    h_KBTD: list[Tensor]
+    states: tuple[Any, ...]
+    auxes: tuple[Aux, ...]
+
+
 class Pairs(nn.Module):
     """All models from ids to (K, B, T, D) after the last norm. A wrapped stack is run `passes` times."""
 
@@ -65,35 +75,48 @@ class Pairs(nn.Module):
         self.embed = MemberTables(lambda: embedding(vocab, config.width), names)
         learned = config.positions == "learned"
         self.places = MemberTables(lambda: embedding(config.length, config.width), names) if learned else None
-        self.passes = config.wrap.passes
+        self.passes, self.recompute_passes = config.wrap.passes, config.wrap.passes > 1 and config.wrap.checkpoint
+        self.trains_all = config.wrap.loss == "mean_all"
         shifts = range(self.passes if self.passes > 1 else 0)
         self.shifts = nn.ModuleList(Members(lambda: Shift(config.width), names) for _ in shifts)
         self.layers = nn.ModuleList(Layer(config, layer, names) for layer in range(config.depth))
         self.norm = Members(lambda: make_norm(config.norm, config.width, config.bias), names)
         self.head = None if config.tie else Members(lambda: linear(config.width, vocab, bias=config.bias), names)
 
-    def forward(
-        self, tokens_BT: Tensor, layout: Layout, states: Sequence[Any] | None = None
-    ) -> tuple[Tensor, tuple[Any, ...], list[Aux]]:
-        """(K, B, T, D), the layers' states in the order they were run, and what channel mixers tell of all models."""
-        x_KBTD, after, auxes = self.embed(tokens_BT), [], []
+    def forward(self, tokens_BT: Tensor, layout: Layout, states: Sequence[Any] | None = None) -> Ran:
+        x_KBTD = self.embed(tokens_BT)
         if self.places is not None:
             x_KBTD = x_KBTD + self.places(layout.pos_BT)
         x_KBTD = dropped(x_KBTD, self.dropout, self.training)
-        before = iter(states or [None] * (self.passes * len(self.layers)))
+        passes: list[StackOutput] = []
+        depth = len(self.layers)
+        before = states or [None] * (self.passes * depth)
         for number in range(self.passes):
             if self.passes > 1:
                 x_KBTD = self.shifts[number](x_KBTD)
-            for layer in self.layers:
-                x_KBTD, state, aux = self._run(layer, x_KBTD, layout, next(before))
-                after.append(state)
-                auxes += [aux] if aux is not None else []
-        return self.norm(x_KBTD), tuple(after), auxes
+            own = before[number * depth : (number + 1) * depth]
+            passes.append(self._run(self.recompute_passes, self._pass, x_KBTD, layout, own))
+            x_KBTD = passes[-1].x_BTD
+        trained = passes if self.trains_all and torch.is_grad_enabled() else passes[-1:]
+        every = tuple(state for out in passes for state in out.state)
+        return Ran([self.norm(out.x_BTD) for out in trained], every, merged(passes))
 
-    def _run(self, layer: nn.Module, *inputs: Any) -> Any:
-        if self.recompute and self.training and torch.is_grad_enabled():
-            return checkpoint(layer, *inputs, use_reentrant=False)
-        return layer(*inputs)
+    def _pass(self, x_KBTD: Tensor, layout: Layout, states: Sequence[Any]) -> StackOutput:
+        """All layers once."""
+        after: list[Any] = []
+        auxes: list[Aux] = []
+        for layer, before in zip(self.layers, states):
+            x_KBTD, state, aux = self._run(self.recompute, layer, x_KBTD, layout, before)
+            after.append(state)
+            auxes += [aux] if aux is not None else []
+        return StackOutput(x_KBTD, tuple(after), tuple(auxes))
+
+    def _run(self, again: bool, part: Callable[..., Any], *inputs: Any) -> Any:
+        """What a part gives; `again`: in training only its inputs are kept, and it is run again in the backward
+        pass."""
+        if again and self.training and torch.is_grad_enabled():
+            return checkpoint(part, *inputs, use_reentrant=False)
+        return part(*inputs)
 
     def head_weights(self) -> tuple[Tensor, Tensor | None]:
         """(K, V, D) and (K, V): of every model's head."""

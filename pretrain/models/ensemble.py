@@ -4,9 +4,9 @@
     p(x_{t+1} | x_<=t) = sum_m pi_{t,m} softmax(z^m_t + Delta z_t)          in one row, one document
 
 `fusion` gives pi: `mhc`, a correlation over modules and positions (pretrain/ensemble/fusion.py); `posterior`, what the
-tokens so far say for each module, which needs no training: never worse than the best module by more than log M a
-document (DEMix, arXiv 2108.05036; Branch-Train-Merge, arXiv 2208.03306); `uniform`. A module alone is trained first,
-by its own loss and a part of its two models' own.
+tokens so far say for each module on top of its `prior`, which needs no training: never worse than module m by more than
+-log prior_m a document, log M where all are alike (DEMix, arXiv 2108.05036; Branch-Train-Merge, arXiv 2208.03306);
+`uniform`. A module alone is trained first, by its own loss and a part of its two models' own.
 
 Source: "Leviathan" (attention-free-revolution) names eight models in four modules and "only the relevant part"; every
 equation here is this project's.
@@ -17,6 +17,7 @@ Shapes: M modules, K = 2 M models, B rows, T tokens, N = B T, D width, V vocabul
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import log
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,9 @@ from pretrain.config import ModelConfig
 from pretrain.ensemble.config import remaining
 from pretrain.ensemble.fusion import Fused, Fusion
 from pretrain.ensemble.losses import Heads, evidence, module_logits, module_losses
-from pretrain.ensemble.pairs import Pairs
+from pretrain.ensemble.pairs import Pairs, Ran
+from pretrain.ensemble.shapes import Order, groups_of
+from pretrain.groups import grouped, parts_of
 from pretrain.layout import Layout
 from pretrain.model import LossParts, Model
 from pretrain.models.language_model import going_on, with_aux
@@ -36,7 +39,8 @@ from pretrain.ops.scan import exact
 
 
 class StreamState(NamedTuple):
-    """Where a stream stands. evidence_MB, last_MBV: what was told so far, and log p of the token that comes."""
+    """Where a stream stands. layers: of each group of modules of one shape. evidence_MB, last_MBV: what was told so
+    far, and log p of the token that comes."""
 
     layers: tuple[Any, ...]
     fusion: Any
@@ -54,60 +58,82 @@ class LeviathanModelEnsemble(Model):
         self.config, self.vocab, self.length = config.ensemble, vocab, config.length
         if config.stack.name != ModelConfig().stack.name or config.logits.hidden:
             raise ConfigError("an ensemble's models are plain blocks; leave model.stack and model.logits as they are")
-        if config.wrap.passes > 1 and (config.wrap.loss != "last" or config.wrap.checkpoint):
-            raise ConfigError(
-                "an ensemble trains the last pass of its models' wrap and keeps them all; leave model.wrap.loss and"
-                " model.wrap.checkpoint as they are"
-            )
         self.modules_named = list(config.ensemble.modules)
-        self.models = Pairs(config, vocab)
-        mhc = config.ensemble.fusion == "mhc"
-        self.fusion = Fusion(config.ensemble, config.width, vocab) if mhc else None
+        self.order = Order(config)
+        self.models = grouped([_pairs(group, vocab, config) for group in groups_of(config)])
+        self.fusion = Fusion(config, vocab) if config.ensemble.fusion == "mhc" else None
         self.present = [True] * len(self.modules_named)
         self._sources: list[str] = []
         self._step = 0
-        frozen: dict[str, list[nn.Module]] = {"modules": [self.models], "embeddings": [self.models.embed], "none": []}
-        for part in frozen[config.ensemble.freeze]:
-            part.requires_grad_(False)
+        for pairs in self._groups():
+            frozen: dict[str, list[nn.Module]] = {"modules": [pairs], "embeddings": [pairs.embed], "none": []}
+            for part in frozen[config.ensemble.freeze]:
+                part.requires_grad_(False)
 
     # ---- losses
 
     def forward(self, batch: Batch) -> LossParts:
         layout = Layout(batch.doc_BT, batch.pos_BT, not batch.packed)
-        h_KBTD, _, auxes = self.models(batch.tokens_BT, layout)
-        (log_pi_MBT, log_all_MBT, found_BTF), _ = self._relevance(h_KBTD, layout, None)
+        ran = self._run(batch.tokens_BT, layout)
+        passes = [self._parts(groups, layout, batch) for groups in zip(*(of_group.h_KBTD for of_group in ran))]
+        total = passes[0].total if len(passes) == 1 else torch.stack([parts.total for parts in passes]).mean()
+        shares = [len(places) / len(self.modules_named) for places in self.order.groups]
+        auxes = [aux._replace(loss=share * aux.loss) for share, of_group in zip(shares, ran) for aux in of_group.auxes]
+        if auxes:
+            total, _ = with_aux(total, tuple(auxes), batch.count)
+        return passes[-1]._replace(total=total)
+
+    def _parts(self, groups: Sequence[Tensor], layout: Layout, batch: Batch) -> LossParts:
+        """The loss of what one pass gives, without that of channel mixers. groups: h_KBTD of the models of each."""
+        (log_pi_MBT, log_all_MBT, found_BTF), _ = self._relevance(groups, layout, None)
         found_NF = None if found_BTF is None else found_BTF.flatten(0, 1)
         alone, targets_N = len(self.modules_named) == 1, batch.targets_BT.reshape(-1)
-        loss_MN, own_KN = module_losses(h_KBTD.flatten(1, 2), found_NF, self._heads(), targets_N, alone)
-        loss_MBT = loss_MN.unflatten(1, batch.targets_BT.shape)
+        told = [
+            module_losses(h_KBTD.flatten(1, 2), found_NF, heads, targets_N, alone)
+            for h_KBTD, heads in zip(groups, self._heads())
+        ]
+        loss_MBT = self.order.of_all([loss_MN for loss_MN, _ in told]).unflatten(1, batch.targets_BT.shape)
         if self.config.fusion == "posterior":
             before_MB = loss_MBT.new_zeros(loss_MBT.shape[:2])
-            log_pi_MBT = self._posterior(_arrived(loss_MBT, layout), layout, before_MB)
+            told_MBT = _arrived(loss_MBT, layout)
+            log_pi_MBT = self._posterior(evidence(told_MBT, layout, before_MB, self.config.memory))
             # evidence grows with a document: from one token in a million on, no more is asked of the right module
             log_all_MBT = log_pi_MBT.clamp_min(-13.8)
         counted_BT = batch.targets_BT != IGNORE
         loss_BT = -torch.logsumexp(log_pi_MBT - loss_MBT, dim=0).masked_fill(~counted_BT, 0.0)
         total = loss_BT.sum()
-        if alone and own_KN is not None:
+        own_KN = told[0][1]
+        if own_KN is not None:
             total = total + self.config.alone_loss * own_KN.sum()
         elif self.training:
             total = total + self._joint_losses(batch, log_all_MBT, loss_MBT, counted_BT)
-        measures = self._measures(batch, log_pi_MBT, loss_MBT, counted_BT)
-        if auxes:
-            total, _ = with_aux(total, tuple(aux._replace(loss=aux.loss.mean()) for aux in auxes), batch.count)
-        return LossParts(total, loss_BT.detach(), measures)
+        return LossParts(total, loss_BT.detach(), self._measures(batch, log_pi_MBT, loss_MBT, counted_BT))
 
-    def _relevance(self, h_KBTD: Tensor, layout: Layout, state: Any) -> tuple[Fused, Any]:
+    def _run(self, tokens_BT: Tensor, layout: Layout, states: Sequence[Any] | None = None) -> list[Ran]:
+        """All models, a group of one shape after the other."""
+        groups = self._groups()
+        return [pairs(tokens_BT, layout, own) for pairs, own in zip(groups, states or [None] * len(groups))]
+
+    def _groups(self) -> list[Pairs]:
+        return parts_of(self.models)
+
+    def _relevance(self, groups: Sequence[Tensor], layout: Layout, state: Any) -> tuple[Fused, Any]:
         """What is relevant to each token where that does not depend on losses, else all alike; the fusion's state."""
         if self.fusion is not None:
-            h_MBTD = h_KBTD.unflatten(0, (-1, 2)).mean(1)
-            return self.fusion(h_MBTD, layout, self.present, state)
-        size = (len(self.present), *h_KBTD.shape[1:3])
-        alike_MBT = self._among_present(h_KBTD.new_zeros(size, dtype=exact(h_KBTD.dtype)))
+            of_modules = [h_KBTD.unflatten(0, (-1, 2)).mean(1) for h_KBTD in groups]
+            return self.fusion(of_modules, layout, self.present, state)
+        like, size = groups[0], (len(self.present), *groups[0].shape[1:3])
+        alike_MBT = self._among_present(like.new_zeros(size, dtype=exact(like.dtype)))
         return Fused(alike_MBT, alike_MBT, None), state
 
-    def _posterior(self, told_MBT: Tensor, layout: Layout, before_MB: Tensor) -> Tensor:
-        return self._among_present(evidence(told_MBT, layout, before_MB, self.config.memory))
+    def _posterior(self, evidence_MBT: Tensor) -> Tensor:
+        """Log of what modules are worth, by their prior and what was told."""
+        if self.config.prior:
+            shares = [self.config.prior[name] for name in self.modules_named]
+            # against the largest: so that equal shares add nothing, to the bit
+            against = [log(share) - log(max(shares)) for share in shares]
+            evidence_MBT = evidence_MBT + evidence_MBT.new_tensor(against).view(-1, 1, 1)
+        return self._among_present(evidence_MBT)
 
     def _among_present(self, score_MBT: Tensor) -> Tensor:
         there = torch.tensor(self.present, device=score_MBT.device).view(-1, 1, 1)
@@ -139,46 +165,54 @@ class LeviathanModelEnsemble(Model):
         numbers = [self.modules_named.index(n) if n in self.modules_named else -1 for n in names] or [-1]
         return torch.tensor(numbers, device=source_B.device)[source_B.clamp_max(len(numbers) - 1)]
 
-    def _heads(self) -> Heads:
-        weight, bias = self.models.head_weights()
-        return Heads(weight, bias, None if self.fusion is None else self.fusion.out.weight)
+    def _heads(self) -> list[Heads]:
+        """Of each group."""
+        out = None if self.fusion is None else self.fusion.out.weight
+        return [Heads(*pairs.head_weights(), out) for pairs in self._groups()]
 
     # ---- decoding, which is also what logits are made by
 
     def logits(self, tokens_BT: Tensor, layout: Layout) -> Tensor:
         """(B, T, V): log of the mixture's probabilities."""
-        h_KBTD, _, _ = self.models(tokens_BT, layout)
-        fused, _ = self._relevance(h_KBTD, layout, None)
-        return self._mixed(h_KBTD, fused, tokens_BT, layout, *self._nothing_told(len(tokens_BT), h_KBTD))[0]
+        groups = [of_group.h_KBTD[-1] for of_group in self._run(tokens_BT, layout)]
+        fused, _ = self._relevance(groups, layout, None)
+        return self._mixed(groups, fused, tokens_BT, layout, *self._nothing_told(len(tokens_BT), groups[0]))[0]
 
     def decode(self, tokens_BT: Tensor, state: StreamState, layout: Layout | None = None) -> tuple[Tensor, StreamState]:
         layout = layout or going_on(state.pos_B, state.doc_B, tokens_BT.shape[1])
-        if self.models.places is not None and int(layout.pos_BT.max()) >= self.length:
+        if self._groups()[0].places is not None and int(layout.pos_BT.max()) >= self.length:
             raise UsageError(
                 f"this model has learned positions for {self.length} tokens and cannot go on after them;"
                 " use a shorter prompt or fewer tokens, or train with model.positions rope"
             )
-        h_KBTD, layers, _ = self.models(tokens_BT, layout, state.layers)
-        fused, fusion = self._relevance(h_KBTD, layout, state.fusion)
+        ran = self._run(tokens_BT, layout, state.layers)
+        groups, layers = [of_group.h_KBTD[-1] for of_group in ran], tuple(of_group.states for of_group in ran)
+        fused, fusion = self._relevance(groups, layout, state.fusion)
         told = (state.evidence_MB, state.last_MBV)
-        mixed, evidence_MB, last_MBV = self._mixed(h_KBTD, fused, tokens_BT, layout, *told)
+        mixed, evidence_MB, last_MBV = self._mixed(groups, fused, tokens_BT, layout, *told)
         after = StreamState(layers, fusion, evidence_MB, last_MBV, layout.pos_BT[:, -1], layout.doc_BT[:, -1])
         return mixed, after
 
     def _mixed(
-        self, h_KBTD: Tensor, fused: Fused, tokens_BT: Tensor, layout: Layout, before_MB: Tensor, last_MBV: Tensor
+        self,
+        groups: Sequence[Tensor],
+        fused: Fused,
+        tokens_BT: Tensor,
+        layout: Layout,
+        before_MB: Tensor,
+        last_MBV: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, V) log p of the mixture, and the evidence and each module's log p at the end."""
         log_pi_MBT, _, found_BTF = fused
         found_NF = None if found_BTF is None else found_BTF.flatten(0, 1)
-        logits_MNV = module_logits(h_KBTD.flatten(1, 2), found_NF, self._heads())
-        log_p_MBTV = logits_MNV.log_softmax(-1).unflatten(1, tokens_BT.shape)
+        told = [module_logits(h.flatten(1, 2), found_NF, heads) for h, heads in zip(groups, self._heads())]
+        log_p_MBTV = self.order.of_all(told).log_softmax(-1).unflatten(1, tokens_BT.shape)
         if self.config.fusion == "posterior":
             expected = torch.cat((last_MBV[:, :, None], log_p_MBTV[:, :, :-1]), dim=2)
             ids = tokens_BT[None, :, :, None].expand(len(expected), *tokens_BT.shape, 1)
             told_MBT = -expected.gather(-1, ids).squeeze(-1).masked_fill(layout.pos_BT == 0, 0.0)
             evidence_MBT = evidence(told_MBT, layout, before_MB, self.config.memory)
-            log_pi_MBT, before_MB = self._among_present(evidence_MBT), evidence_MBT[:, :, -1]
+            log_pi_MBT, before_MB = self._posterior(evidence_MBT), evidence_MBT[:, :, -1]
         return torch.logsumexp(log_pi_MBT[..., None] + log_p_MBTV, dim=0), before_MB, log_p_MBTV[:, :, -1]
 
     def _nothing_told(self, rows: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,10 +220,11 @@ class LeviathanModelEnsemble(Model):
         return like.new_zeros(size), like.new_zeros(*size, self.vocab)
 
     def initial_state(self, rows: int) -> StreamState:
-        like = self.models.head_weights()[0]
+        like, groups = self._heads()[0].weight_KVD, self._groups()
         fusion = None if self.fusion is None else self.fusion.initial_state(rows, like)
         ones = torch.ones(rows, dtype=torch.long, device=like.device)
-        return StreamState(self.models.initial_state(rows), fusion, *self._nothing_told(rows, like), -ones, 0 * ones)
+        layers = tuple(pairs.initial_state(rows) for pairs in groups)
+        return StreamState(layers, fusion, *self._nothing_told(rows, like), -ones, 0 * ones)
 
     # ---- what it is asked besides
 
@@ -232,18 +267,29 @@ class LeviathanModelEnsemble(Model):
 
     def flops_per_token(self) -> int:
         fusion = 0 if self.fusion is None else self.fusion.flops_per_token(self.length)
-        return self.models.flops_per_token(self.length) + fusion
+        return sum(pairs.flops_per_token(self.length) for pairs in self._groups()) + fusion
 
     def state_bytes(self, length: int) -> int:
         fusion = 0 if self.fusion is None else self.fusion.state_bytes(length)
         told = 2 * len(self.modules_named) * (1 + self.vocab)
-        return self.models.state_bytes(length) + fusion + told
+        return sum(pairs.state_bytes(length) for pairs in self._groups()) + fusion + told
 
     def recompute(self) -> None:
-        self.models.recompute = True
+        for pairs in self._groups():
+            pairs.recompute = True
 
     def segments(self) -> Sequence[nn.Module]:
-        return list(self.models.layers)
+        return [layer for pairs in self._groups() for layer in pairs.layers]
+
+
+def _pairs(group: ModelConfig, vocab: int, whole: ModelConfig) -> Pairs:
+    """The models of one shape. Raises ConfigError, with whose it is, for one that the parts do not fit."""
+    try:
+        return Pairs(group, vocab)
+    except ConfigError as error:
+        if (group.width, group.depth) == (whole.width, whole.depth):
+            raise
+        raise ConfigError(f"model.ensemble.shapes.{group.ensemble.modules[0]}: {error}") from None
 
 
 def _arrived(loss_MBT: Tensor, layout: Layout) -> Tensor:

@@ -17,6 +17,7 @@ from pretrain.config import ModelConfig
 from pretrain.init import initialise
 from pretrain.models.build import build
 from tests.conftest import leviathan
+from tests.small_ensemble import write_ensemble
 from tests.small_run import small_config, train_small
 
 
@@ -56,6 +57,12 @@ def test_epochs_of_each_source_and_their_excess_are_told(config, capsys):
     assert int(words[4].replace(",", "")) == 18000
     assert float(words[5]) == pytest.approx(18000 / int(words[3].replace(",", "")), abs=0.01)
     assert "warning: the run reads source letters 14." in out
+
+
+def test_modules_of_a_shape_of_their_own_are_told(shards, corpus, tmp_path, capsys):
+    check_run([str(write_ensemble(tmp_path, shards, corpus))], ["model.ensemble.shapes.lists.depth=3"], ranks=1)
+    told = "letters, lists: two models each, fusion mhc; lists is 16 wide, 3 deep"
+    assert told in line_of(capsys.readouterr().out, "modules")
 
 
 def test_every_mistake_is_told_at_once_with_the_worse_exit_code(config, capsys):

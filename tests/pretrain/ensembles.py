@@ -9,12 +9,15 @@ from configs.load import build as checked
 from data_pipeline.batch import IGNORE, Batch
 from pretrain.config import ModelConfig
 from pretrain.layout import Layout
+from pretrain.member_names import stacked_names
 from pretrain.models.build import build
 from tests.contract.cases import shaken, tokens
 
 ROWS, LENGTH, VOCAB, WIDTH = 3, 48, 61, 16
 MODULES = ["one", "two", "three", "four"]
 FUSIONS = ["mhc", "posterior", "uniform"]
+SHAPES = {"one": {"width": 24}, "three": {"width": 24}, "four": {"width": 8, "depth": 3}}
+"""Of modules in three groups, of which the first is not in a row."""
 
 
 def config_of(modules=MODULES, **ensemble):
@@ -33,6 +36,16 @@ def make(modules=MODULES, **ensemble):
     model = shaken(build(config_of(modules, **ensemble), VOCAB).to_empty(device="cpu"))
     model.know_sources(modules)
     return model
+
+
+def own_values(model):
+    """Every member's own parameters, by the names that checkpoints have."""
+    stacked = stacked_names(model)
+    return {
+        own: value
+        for name, p in model.named_parameters()
+        for own, value in zip(stacked.get(name, [name]), p if name in stacked else [p])
+    }
 
 
 def batch_of(layout: Layout, source=(0, 1, 2)) -> Batch:

@@ -15,6 +15,7 @@ from pretrain.checkpoint_files import MANIFEST, newest_readable, open_files, own
 from pretrain.engine import PARAM, FragmentReader
 from pretrain.ensemble.alone import module_run, without_modules
 from pretrain.ensemble.combine import join
+from pretrain.ensemble.config import EnsembleConfig
 from pretrain.init import initialise
 from pretrain.layout import Layout
 from pretrain.member_names import stacked_names
@@ -22,6 +23,7 @@ from pretrain.models.build import build
 from pretrain.run_folder import RunFolder
 from pretrain.trained import load_trained
 from tests.conftest import events, losses
+from tests.pretrain.ensembles import own_values
 from tests.small_ensemble import ALONE_STEPS, MODULES, STEPS, train_joined, train_module, write_ensemble
 
 VOCAB = 257
@@ -95,9 +97,19 @@ def test_a_name_that_becomes_too_long_is_told(place):
 
 
 def test_an_ensemble_without_a_module_is_that_of_the_others(place):
-    whole, _ = resolve([place / "duo.yaml"], [])
+    whole, _ = resolve(
+        [place / "duo.yaml"],
+        [
+            "model.ensemble.prior={letters: 3, lists: 1}",
+            "model.ensemble.shapes={letters: {depth: 3}, lists: {width: 24}}",
+        ],
+    )
+    assert (module_run(whole, "letters").model.depth, module_run(whole, "lists").model.width) == (3, 24)
+    assert module_run(whole, "lists").model.ensemble.shapes == {}
     ensemble = without_modules(whole, ["letters"]).model.ensemble
-    assert (ensemble.modules, ensemble.top) == (("lists",), 1)
+    assert (ensemble.modules, ensemble.top, ensemble.prior) == (("lists",), 1, {"lists": 1.0})
+    assert list(ensemble.shapes) == ["lists"]
+    assert EnsembleConfig.model_validate(ensemble.model_dump()) == ensemble
     with pytest.raises(UsageError, match="no module 'letter'; this ensemble has letters, lists"):
         without_modules(whole, ["letter"])
     with pytest.raises(UsageError, match="keep at least one"):
@@ -133,21 +145,26 @@ def test_joint_training_begins_anew_and_says_from_what(place):
     assert open_files(newest_readable(run)).updates == STEPS
 
 
-def test_frozen_modules_stay_bit_by_bit_what_they_were_alone(config):
-    place = config.parent
-    run = train_joined(config, "run.name=frozen", "model.ensemble.freeze=modules")
+@pytest.mark.parametrize("shape", [None, "{width: 24, depth: 1}"], ids=["equal", "one of another shape"])
+def test_frozen_modules_stay_bit_by_bit_what_they_were_alone(config, shape):
+    place, runs = config.parent, {name: f"duo-{name}" for name in MODULES}
+    words = ("run.name=frozen", *([f"model.ensemble.shapes.lists={shape}"] if shape else []))
+    if shape:
+        runs["lists"] = train_module(config, "lists", *words).name
+    branch = tuple(f"{name}={run}" for name, run in runs.items())
+    run = train_joined(config, *words, "model.ensemble.freeze=modules", branch=branch)
     whole = load_trained(run)
     ids = torch.randint(0, VOCAB, (3, 32), generator=torch.Generator().manual_seed(0))
     layout = Layout.single(3, 32)
     with torch.no_grad():
         assert whole.model.fusion.out.weight.any(), "the fusion was trained"
         whole.model.fusion.out.weight.zero_()
-        for number, module in enumerate(MODULES):
+        mine = own_values(whole.model)
+        for module in MODULES:
             whole.model.without([name for name in MODULES if name != module])
-            alone = load_trained(run_of(place, f"duo-{module}"))
-            mine = dict(whole.model.models.named_parameters())
-            for name, p in alone.model.models.named_parameters():
-                assert torch.equal(mine[name][2 * number : 2 * number + 2], p), name
+            alone = load_trained(run_of(place, runs[module]))
+            for name, p in own_values(alone.model).items():
+                assert torch.equal(mine[name], p), name
             assert torch.equal(whole.model.logits(ids, layout), alone.model.logits(ids, layout))
 
 
@@ -173,7 +190,11 @@ def test_a_module_of_another_ensemble_can_be_joined(config):
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("model.width=32", "has width 16, expected 32; train it as a part of this ensemble"),
+        ("model.width=32", "has width 16, expected 32; train it as a part of this ensemble, or say in"),
+        (
+            "model.ensemble.shapes.letters.width=8",
+            "has width 16, expected 8; train it as a part of this ensemble, or say",
+        ),
         ("model.depth=3", "has depth 2, expected 3"),
         ("model.ensemble.couple_every=2", "has modules.letters.a.models.layers.0.couplings.gate (1,), expected absent"),
         ("model.ensemble.couple_lags=2", "(2, 4, 1), expected (2, 2, 1)"),

@@ -18,7 +18,7 @@ from pretrain.members import members_of
 from pretrain.models.build import build
 from pretrain.models.language_model import LanguageModel
 from tests.contract.cases import noise, packed, piece, tokens
-from tests.pretrain.ensembles import FUSIONS, LENGTH, MODULES, ROWS, VOCAB, WIDTH, batch_of, config_of, make
+from tests.pretrain.ensembles import FUSIONS, LENGTH, MODULES, ROWS, SHAPES, VOCAB, WIDTH, batch_of, config_of, make
 
 over_fusions = pytest.mark.parametrize("fusion", FUSIONS)
 
@@ -92,7 +92,7 @@ def test_members_run_as_one_are_the_members_run_in_turn():
     config = config_of(fusion="uniform")
     model = make(fusion="uniform")
     ids, layout = tokens(rows=ROWS, length=LENGTH), packed()
-    h_KBTD, _, _ = model.models(ids, layout)
+    h_KBTD = model.models(ids, layout).h_KBTD[-1]
     places = dict(members_of(model))
     one = [LanguageModel(config, VOCAB).double() for _ in range(8)]
     x = []
@@ -137,25 +137,52 @@ def test_with_gates_of_zero_a_pair_is_the_mean_of_two_independent_models():
     torch.testing.assert_close(model.logits(ids, layout), mean, rtol=0, atol=1e-12)
 
 
-def test_the_posterior_is_never_worse_than_the_best_module_by_more_than_log_m():
-    """Per sequence: NLL of the mixture <= min over modules + ln M. (DEMix; here to rounding.)"""
+PRIOR = {"one": 0.002, "two": 5.0, "three": 1.0, "four": 0.4}
+
+
+@pytest.mark.parametrize("without", [[], ["two"]], ids=["all", "without the likeliest"])
+@pytest.mark.parametrize("prior", [{}, PRIOR], ids=["all alike", "a prior"])
+def test_the_posterior_is_never_worse_than_any_module_by_more_than_its_prior_says(prior, without):
+    """Per sequence: NLL of the mixture <= NLL of m - ln prior_m, for every m. (DEMix; here to rounding.)"""
+    there = [name for name in MODULES if name not in without]
+    shares = [prior.get(name, 1.0) for name in there]
     for seed in range(3):
-        model = make(fusion="posterior")
+        model = make(fusion="posterior", prior=prior)
         with torch.no_grad():
             for p in model.parameters():
                 p.mul_(1 + seed)
         layout = packed()
         batch = batch_of(layout)
+        model.without(without)
         mixture = model(batch).loss_BT
         alone = []
-        for name in MODULES:
+        for name in there:
             model.without([other for other in MODULES if other != name])
             alone.append(model(batch).loss_BT)
         for row in range(ROWS):
             for number in layout.doc_BT[row].unique():
                 place = layout.doc_BT[row] == number
-                best = min(float(loss[row, place].sum()) for loss in alone)
-                assert float(mixture[row, place].sum()) <= best + log(4) + 1e-9
+                for loss, share in zip(alone, shares):
+                    most = float(loss[row, place].sum()) - log(share / sum(shares))
+                    assert float(mixture[row, place].sum()) <= most + 1e-9
+
+
+def test_before_anything_is_read_modules_are_worth_their_prior_and_equal_shares_change_no_bit():
+    batch, layout = batch_of(packed()), packed()
+    plain = make(fusion="posterior").train()
+    equal = make(fusion="posterior", prior=dict.fromkeys(MODULES, 0.3)).train()
+    assert torch.equal(equal(batch).total, plain(batch).total)
+    assert torch.equal(equal.logits(batch.tokens_BT, layout), plain.logits(batch.tokens_BT, layout))
+    shares = torch.tensor(list(PRIOR.values()), dtype=torch.float64)
+    first = Layout.single(ROWS, 1)
+    for memory in (1.0, 0.5):
+        told = make(fusion="posterior", prior=PRIOR, memory=memory)
+        mixed, alone = told.logits(batch.tokens_BT[:, :1], first), []
+        for name in MODULES:
+            told.without([other for other in MODULES if other != name])
+            alone.append(told.logits(batch.tokens_BT[:, :1], first))
+        of_each = (shares / shares.sum()).log().view(-1, 1, 1, 1)
+        torch.testing.assert_close(mixed, (of_each + torch.stack(alone)).logsumexp(0), rtol=1e-12, atol=0)
 
 
 @over_fusions
@@ -181,7 +208,7 @@ def test_relevance_is_the_attention_that_modules_get_and_keeps_the_top():
     """The two-stage softmax is one over all (module, position), written out."""
     model, h, layout = make(fusion="mhc", top=4), noise(4, ROWS, LENGTH, WIDTH), packed()
     fusion = model.fusion
-    fused, _ = fusion(h, layout, [True] * 4)
+    fused, _ = fusion([h], layout, [True] * 4)
     u = fusion.norm(sum(h[m] @ fusion.mix.weight[m].T for m in range(4)))
     q = fusion.query(u).view(ROWS, LENGTH, 2, 8)
     kv = torch.stack([h[m] @ fusion.key_value.weight[m].T for m in range(4)])
@@ -198,7 +225,7 @@ def test_relevance_is_the_attention_that_modules_get_and_keeps_the_top():
     found = torch.einsum("bhtms,mbshe->bthe", A, v).flatten(2)
     torch.testing.assert_close(fused.found_BTF, found, rtol=0, atol=1e-12)
     fusion.top = 2
-    kept = fusion(h, layout, [True] * 4)[0].log_pi_MBT.exp()
+    kept = fusion([h], layout, [True] * 4)[0].log_pi_MBT.exp()
     assert ((kept > 0).sum(0) == 2).all()
     top = pi.topk(2, dim=-1)
     expected = torch.zeros_like(pi).scatter(-1, top.indices, top.values / top.values.sum(-1, keepdim=True))
@@ -250,6 +277,11 @@ def test_mistakes_in_an_ensemble_are_told():
         ({"fusion": "mhc", "domains": {"web": "five"}}, "'five'"),
         ({"fusion": "mhc", "heads": 3}, "multiple"),
         ({"fusion": "posterior", "freeze": "modules"}, "nothing to train"),
+        ({"fusion": "mhc", "shapes": {"five": {"width": 8}}}, "gives a shape to 'five', which is no module"),
+        ({"fusion": "btx", "shapes": {"two": {"depth": 3}}}, "'two' a shape of its own, but fusion btx makes all"),
+        ({"fusion": "posterior", "prior": {"one": 1.0}}, "but none for 'two'; give every module one"),
+        ({"fusion": "posterior", "prior": PRIOR | {"five": 1.0}}, "a prior for 'five', which is no module"),
+        ({"fusion": "posterior", "prior": PRIOR | {"four": 0.0}}, "a prior of 0 for 'four'; make it more than 0"),
     ):
         with pytest.raises(ConfigError, match=told):
             config_of(**wrong)
@@ -257,6 +289,8 @@ def test_mistakes_in_an_ensemble_are_told():
         config_of(["one", "one"], fusion="mhc")
     with pytest.raises(ConfigError, match="plain blocks"):
         build(config_of(fusion="uniform", logits={"hidden": 8}), VOCAB)
+    with pytest.raises(ConfigError, match=r"^model.ensemble.shapes.two: model.width 9 is not a multiple of 2 heads"):
+        build(config_of(fusion="uniform", shapes={"two": {"width": 9}}), VOCAB)
 
 
 VARIANTS = [
@@ -266,12 +300,14 @@ VARIANTS = [
     {"channel": {"name": "moe", "options": {"experts": 4}}},
     {"couple_every": 2, "norm": "layernorm_plain", "channel": {"name": "feedforward2"}},
     {"couple_every": 0},
+    {"fusion": "posterior", "prior": PRIOR, "memory": 0.9},
+    {"shapes": SHAPES, "tie": False, "positions": "learned"},
 ]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda keys: "-".join(keys))
 def test_any_blocks_serve_as_models_of_an_ensemble(variant):
-    model, layout = make(fusion="mhc", top=4, **variant).train(), packed()
+    model, layout = make(**{"fusion": "mhc", "top": 4, **variant}).train(), packed()
     batch = batch_of(layout)
     model(batch).total.backward()
     dead = [n for n, p in model.named_parameters() if p.grad is None or torch.count_nonzero(p.grad) == 0]

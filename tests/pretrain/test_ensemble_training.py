@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from configs.errors import ConfigError
 from data_pipeline.batch import IGNORE
+from pretrain.activations import Saved, activation_bytes
+from pretrain.init import initialise
+from pretrain.layout import Layout
 from pretrain.models.build import build
 from tests.contract.cases import packed, tokens
-from tests.pretrain.ensembles import FUSIONS, LENGTH, ROWS, VOCAB, batch_of, config_of, make
+from tests.pretrain.ensembles import FUSIONS, LENGTH, MODULES, ROWS, VOCAB, batch_of, config_of, make
 
 over_fusions = pytest.mark.parametrize("fusion", FUSIONS)
 
@@ -19,7 +21,7 @@ def test_the_joint_loss_knows_the_domain_of_a_source_and_forgets_it_over_the_ste
     plain = make(fusion="mhc", own_loss=0.0, domain_loss=0.0, balance_loss=0.0, top=4).train()
     mixture = plain(batch).total
     told = make(fusion="mhc", own_loss=0.0, domain_loss=0.5, domain_steps=10, balance_loss=0.0, top=4).train()
-    log_pi = plain._relevance(plain.models(batch.tokens_BT, packed())[0], packed(), None)[0].log_pi_MBT
+    log_pi = plain._relevance(plain.models(batch.tokens_BT, packed()).h_KBTD[-1], packed(), None)[0].log_pi_MBT
     counted = (batch.targets_BT != IGNORE) & (batch.pos_BT >= 16)
     extra = -sum((log_pi[m, row] * counted[row]).sum() for row, m in enumerate((0, 1, 3)))
     torch.testing.assert_close(told(batch).total - mixture, 0.5 * extra)
@@ -84,10 +86,75 @@ def test_dropout_is_of_the_embedding_the_branches_and_what_models_take_from_each
     torch.testing.assert_close(model(batch).total, plain(batch).total)
 
 
-def test_a_wrap_that_an_ensemble_would_not_heed_is_refused():
-    for wrap in ({"passes": 2, "loss": "mean_all"}, {"passes": 2, "checkpoint": True}):
-        with pytest.raises(ConfigError, match="trains the last pass of its models' wrap"):
-            build(config_of(fusion="uniform", wrap=wrap), VOCAB)
+def cut_after(whole, passes: int, **keys):
+    """The same ensemble, whose stacks are run fewer times."""
+    part = make(wrap={"passes": passes}, **keys).train()
+    own = dict(whole.named_parameters())
+    with torch.no_grad():
+        for name, p in part.named_parameters():
+            p.copy_(own[name])
+    return part
+
+
+@pytest.mark.parametrize("modules", [["one"], MODULES], ids=["a module alone", "all"])
+@over_fusions
+def test_the_loss_of_all_passes_is_the_mean_of_ensembles_that_end_at_each_in_gradients_too(fusion, modules):
+    keys = {"modules": modules, "fusion": fusion, "channel": {"name": "moe", "options": {"experts": 4}}}
+    every, batch = make(wrap={"passes": 3, "loss": "mean_all"}, **keys).train(), batch_of(packed())
+    with torch.no_grad():
+        every.models.shifts[0].beta.zero_()  # one pass has none
+    parts = every(batch)
+    parts.total.backward()
+    cuts = [cut_after(every, passes, **keys) for passes in (1, 2, 3)]
+    told = [cut(batch) for cut in cuts]
+    # what channel mixers tell is of all passes: here it is only a part of the last one's
+    own = [sum(aux.loss for aux in cut.models(batch.tokens_BT, layout_of(batch)).auxes) * batch.count for cut in cuts]
+    expected = sum(each.total - of_channel for each, of_channel in zip(told, own)) / 3 + own[-1]
+    torch.testing.assert_close(parts.total, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(parts.loss_BT, told[-1].loss_BT, rtol=1e-12, atol=0)
+    expected.backward()
+    for name, p in every.named_parameters():
+        grads = [q.grad for cut in cuts for n, q in cut.named_parameters() if n == name and q.grad is not None]
+        torch.testing.assert_close(p.grad, sum(grads), rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(every(batch).total, told[-1].total)
+
+
+def layout_of(batch) -> Layout:
+    return Layout(batch.doc_BT, batch.pos_BT, not batch.packed)
+
+
+@pytest.mark.parametrize("again", ["passes", "blocks", "both"])
+def test_what_is_run_again_changes_no_bit_of_loss_and_gradients(again):
+    keys, batch, found = {"fusion": "mhc", "top": 4, "dropout": 0.1}, batch_of(packed()), []
+    for wanted in (False, True):
+        checkpoint = wanted and again != "blocks"
+        model = make(wrap={"passes": 3, "loss": "mean_all", "checkpoint": checkpoint}, **keys).train()
+        if wanted and again != "passes":
+            model.recompute()
+        torch.manual_seed(0)
+        total = model(batch).total
+        total.backward()
+        found.append([total.detach(), *(p.grad for p in model.parameters())])
+    assert all(map(torch.equal, *found))
+
+
+def kept(recompute=False, **wrap):
+    shape = config_of(fusion="mhc", width=32, wrap=wrap)
+    return activation_bytes(shape, VOCAB, ROWS, bf16=False, recompute=recompute)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_real_pass_of_a_wrapped_ensemble_keeps_what_is_counted(checkpoint):
+    model = build(config_of(fusion="mhc", width=32, wrap={"passes": 3, "checkpoint": checkpoint}), VOCAB)
+    initialise(model.to_empty(device="cpu").train(), 0)
+    saved = Saved(model.parameters())
+    with saved.counting():
+        model(batch_of(packed()))
+    one_pass = kept(passes=3) - kept(passes=2)
+    counted = kept(passes=3, checkpoint=checkpoint) - (one_pass if checkpoint else 0)
+    assert saved.bytes[-1] == pytest.approx(counted, rel=0.06)
+    assert kept(True, passes=3, checkpoint=True) < kept(True, passes=3) < kept(passes=3, checkpoint=True)
 
 
 @over_fusions

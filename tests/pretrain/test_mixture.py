@@ -175,6 +175,11 @@ def test_what_cannot_be_averaged_is_refused(place, shards, corpus, tmp_path):
     words = ["model.ensemble.modules=[seed]", "model.ensemble.domains={letters: seed}", "model.ensemble.top=1"]
     with pytest.raises(ConfigError, match="a module is called seed"):
         ensemble.plan_ensemble([str(plain)], [*words, "modules.seed_steps=2"], None, ())
+    shaped = "model.ensemble.shapes.lists.width=24"
+    with pytest.raises(ConfigError, match="'lists' a shape of its own, but fusion btx makes all models one; leave"):
+        resolve([plain], [*BTX, shaped])
+    with pytest.raises(ConfigError, match=r"seed_steps 2 has all models begin from one, .*'lists' a shape of its own"):
+        resolve([plain], ["modules.seed_steps=2", shaped])
     config, _ = resolve([place / "duo.yaml"], BTX)
     origins = {name: {"run": str(run_of(place, f"duo-{name}").path), "step": 6} for name in MODULES}
     facts = run_of(place, "duo-lists").facts()

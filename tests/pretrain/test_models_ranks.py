@@ -14,20 +14,22 @@ OTHERS = [
     {"name": "involution", "options": {"kernel": 5, "dilation": 2}},
 ]  # fmt: skip
 """Mixers that the models below are not made of: a layer each."""
+SHAPES = {"two": {"width": 24, "depth": 1}}
 MODELS: dict[str, dict[str, object]] = {
     "module of an ensemble": {**SMALL, "ensemble": {"modules": ["one"]}},
     "ensemble": {
         **SMALL,
         "ensemble": {"modules": ["one", "two"], "fusion": "mhc", "width": 16, "domains": {"0": "one"}},
     },
-    "frozen ensemble": {
+    "frozen ensemble of differing shapes": {
         **SMALL,
-        "ensemble": {"modules": ["one", "two"], "fusion": "mhc", "width": 16, "freeze": "modules"},
+        "ensemble": {"modules": ["one", "two"], "fusion": "mhc", "width": 16, "freeze": "modules", "shapes": SHAPES},
     },
     # without what keeps relevance even: a mean over a micro-batch, as the losses of experts below
-    "ensemble by what its tokens say": {
+    "ensemble by what its tokens say, wrapped and of differing shapes": {
         **SMALL,
-        "ensemble": {"modules": ["one", "two"], "fusion": "posterior", "balance_loss": 0.0},
+        "ensemble": {"modules": ["one", "two"], "fusion": "posterior", "balance_loss": 0.0, "shapes": SHAPES},
+        "wrap": {"passes": 2, "loss": "mean_all", "checkpoint": True},
     },
     "every other mixer": {**SMALL, "depth": len(OTHERS), "mixers": OTHERS},
     "elita": {

@@ -6,7 +6,9 @@ import pytest
 import torch.nn.functional as F
 
 from configs.load import find, load
+from launcher.prepare import resolve
 from pretrain.config import PartConfig, RunConfig
+from pretrain.ensemble.alone import seed_model
 from pretrain.models.build import build
 
 SHAPES = {
@@ -103,6 +105,16 @@ def test_a_preset_has_its_published_shape_in_layernorm_learned_positions_biases_
     assert (model.width, len(model.blocks), model.length) == (width, blocks, 512)
     assert all(block.mixer.heads == heads for block in model.blocks)
     assert all(block.channel.up.out_features == mult * width for block in model.blocks)
+
+
+@pytest.mark.parametrize("vocab", [65, 257])
+def test_the_ensemble_is_the_demos_eight_models_their_couplings_and_a_fusion(vocab):
+    model = config("ensemble")
+    assert model == resolve(["demo"], [])[0].model
+    single = parameters(build(seed_model(model), vocab))
+    coupling = 2 * 32 + 4 * 32**2 + 2 * 2 + 1  # two norms, four projections, weights of two heads' two lags, a gate
+    fusion = 4 * 3 * 32 * 32 + 32 + 32**2 + 2 * 2 + 32 * vocab  # W_u, W_k, W_v of each module, norm, W_q, lags, W_o
+    assert parameters(build(model, vocab)) == 8 * (single + 2 * coupling) + fusion
 
 
 def test_the_published_variants_of_the_block_have_their_activations():
