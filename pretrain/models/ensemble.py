@@ -5,7 +5,8 @@
 
 `fusion` gives pi: `mhc`, a correlation over modules and positions (pretrain/ensemble/fusion.py); `posterior`, what the
 tokens so far say for each module, which needs no training: never worse than the best module by more than log M a
-document (DEMix, arXiv 2108.05036; Branch-Train-Merge, arXiv 2208.03306); `uniform`. A module alone is trained first,
+document (DEMix, arXiv 2108.05036; Branch-Train-Merge, arXiv 2208.03306); `clusters`, the distance of what was read to
+each module's cluster of text (pretrain/ensemble/nearest.py); `uniform`. A module alone is trained first,
 by its own loss and a part of its two models' own.
 
 Source: "Leviathan" (attention-free-revolution) names eight models in four modules and "only the relevant part"; every
@@ -28,6 +29,7 @@ from pretrain.config import ModelConfig
 from pretrain.ensemble.config import remaining
 from pretrain.ensemble.fusion import Fused, Fusion
 from pretrain.ensemble.losses import Heads, evidence, module_logits, module_losses
+from pretrain.ensemble.nearest import Nearest
 from pretrain.ensemble.pairs import Pairs
 from pretrain.layout import Layout
 from pretrain.model import LossParts, Model
@@ -63,6 +65,7 @@ class LeviathanModelEnsemble(Model):
         self.models = Pairs(config, vocab)
         mhc = config.ensemble.fusion == "mhc"
         self.fusion = Fusion(config.ensemble, config.width, vocab) if mhc else None
+        self.nearest = Nearest(config.ensemble, vocab) if config.ensemble.fusion == "clusters" else None
         self.present = [True] * len(self.modules_named)
         self._sources: list[str] = []
         self._step = 0
@@ -75,7 +78,7 @@ class LeviathanModelEnsemble(Model):
     def forward(self, batch: Batch) -> LossParts:
         layout = Layout(batch.doc_BT, batch.pos_BT, not batch.packed)
         h_KBTD, _, auxes = self.models(batch.tokens_BT, layout)
-        (log_pi_MBT, log_all_MBT, found_BTF), _ = self._relevance(h_KBTD, layout, None)
+        (log_pi_MBT, log_all_MBT, found_BTF), _ = self._weighed(batch.tokens_BT, h_KBTD, layout, None)
         found_NF = None if found_BTF is None else found_BTF.flatten(0, 1)
         alone, targets_N = len(self.modules_named) == 1, batch.targets_BT.reshape(-1)
         loss_MN, own_KN = module_losses(h_KBTD.flatten(1, 2), found_NF, self._heads(), targets_N, alone)
@@ -96,6 +99,13 @@ class LeviathanModelEnsemble(Model):
         if auxes:
             total, _ = with_aux(total, tuple(aux._replace(loss=aux.loss.mean()) for aux in auxes), batch.count)
         return LossParts(total, loss_BT.detach(), measures)
+
+    def _weighed(self, tokens_BT: Tensor, h_KBTD: Tensor, layout: Layout, state: Any) -> tuple[Fused, Any]:
+        """As `_relevance`; by clusters, tokens alone say it."""
+        if self.nearest is None:
+            return self._relevance(h_KBTD, layout, state)
+        score_MBT, state = self.nearest(tokens_BT, layout, state)
+        return Fused(self._among_present(score_MBT), score_MBT.log_softmax(0), None), state
 
     def _relevance(self, h_KBTD: Tensor, layout: Layout, state: Any) -> tuple[Fused, Any]:
         """What is relevant to each token where that does not depend on losses, else all alike; the fusion's state."""
@@ -148,7 +158,7 @@ class LeviathanModelEnsemble(Model):
     def logits(self, tokens_BT: Tensor, layout: Layout) -> Tensor:
         """(B, T, V): log of the mixture's probabilities."""
         h_KBTD, _, _ = self.models(tokens_BT, layout)
-        fused, _ = self._relevance(h_KBTD, layout, None)
+        fused, _ = self._weighed(tokens_BT, h_KBTD, layout, None)
         return self._mixed(h_KBTD, fused, tokens_BT, layout, *self._nothing_told(len(tokens_BT), h_KBTD))[0]
 
     def decode(self, tokens_BT: Tensor, state: StreamState, layout: Layout | None = None) -> tuple[Tensor, StreamState]:
@@ -159,7 +169,7 @@ class LeviathanModelEnsemble(Model):
                 " use a shorter prompt or fewer tokens, or train with model.positions rope"
             )
         h_KBTD, layers, _ = self.models(tokens_BT, layout, state.layers)
-        fused, fusion = self._relevance(h_KBTD, layout, state.fusion)
+        fused, fusion = self._weighed(tokens_BT, h_KBTD, layout, state.fusion)
         told = (state.evidence_MB, state.last_MBV)
         mixed, evidence_MB, last_MBV = self._mixed(h_KBTD, fused, tokens_BT, layout, *told)
         after = StreamState(layers, fusion, evidence_MB, last_MBV, layout.pos_BT[:, -1], layout.doc_BT[:, -1])
@@ -187,7 +197,8 @@ class LeviathanModelEnsemble(Model):
 
     def initial_state(self, rows: int) -> StreamState:
         like = self.models.head_weights()[0]
-        fusion = None if self.fusion is None else self.fusion.initial_state(rows, like)
+        fusion: Any = None if self.fusion is None else self.fusion.initial_state(rows, like)
+        fusion = fusion if self.nearest is None else self.nearest.initial_state(rows)
         ones = torch.ones(rows, dtype=torch.long, device=like.device)
         return StreamState(self.models.initial_state(rows), fusion, *self._nothing_told(rows, like), -ones, 0 * ones)
 
@@ -204,6 +215,11 @@ class LeviathanModelEnsemble(Model):
 
     def begin_step(self, step: int) -> None:
         self._step = step
+
+    def check_first_values(self, tokenizer: str) -> None:
+        """Of clusters their file is needed, and that of this tokenizer."""
+        if self.nearest is not None:
+            self.nearest.check_first_values(tokenizer)
 
     def measure_names(self) -> list[str]:
         if len(self.modules_named) == 1:
@@ -232,10 +248,12 @@ class LeviathanModelEnsemble(Model):
 
     def flops_per_token(self) -> int:
         fusion = 0 if self.fusion is None else self.fusion.flops_per_token(self.length)
+        fusion = fusion if self.nearest is None else self.nearest.flops_per_token()
         return self.models.flops_per_token(self.length) + fusion
 
     def state_bytes(self, length: int) -> int:
         fusion = 0 if self.fusion is None else self.fusion.state_bytes(length)
+        fusion = fusion if self.nearest is None else self.nearest.state_bytes()
         told = 2 * len(self.modules_named) * (1 + self.vocab)
         return self.models.state_bytes(length) + fusion + told
 
