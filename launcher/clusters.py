@@ -48,7 +48,7 @@ class _Passes:
         """Show it; another pass closes the bar of the one before."""
         if what != self._what:
             self.close()
-            show = (lambda steps: f"{steps:.1f} steps") if what in _STEPS else human_bytes
+            show = (lambda steps: f"{steps:.3g} steps") if what in _STEPS else human_bytes
             self._what, self._bar = what, Bar(self._terminal, what, show=show)
         self._bar.update(done, total)
 

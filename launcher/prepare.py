@@ -14,8 +14,6 @@ from typing import Any
 
 from configs.errors import ConfigError, LeviathanError
 from configs.load import Layers, build, load, read, to_yaml
-from data_pipeline import clusters
-from data_pipeline.clusters import check_names
 from data_pipeline.files import write_whole
 from launcher.branch import Origin, origin_of
 from launcher.config import LaunchConfig
@@ -179,8 +177,10 @@ def check_clusters(config: RunConfig, folder: RunFolder) -> None:
     modules are not these clusters. What has begun has them in its checkpoints."""
     ensemble = config.model.ensemble
     if ensemble.fusion == "clusters" and not has_begun(folder):
+        from data_pipeline import clusters
+
         path = Path(ensemble.clusters.file or "").expanduser()
-        check_names(ensemble.modules, clusters.load(path).facts.names, path, every=True)
+        clusters.check_names(ensemble.modules, clusters.load(path).facts.names, path, every=True)
 
 
 def most_ranks(config: RunConfig, most: int) -> int:

@@ -185,6 +185,19 @@ def test_four_kinds_of_real_text_are_told_apart_without_labels(mixed: Path) -> N
         assert one["central"]
 
 
+def test_a_hundred_bytes_from_the_middle_of_a_document_are_nearest_to_its_own_cluster(mixed: Path) -> None:
+    found, right = files.load(mixed / CLUSTERS), []
+    for k in range(4):
+        for one in read_back(mixed / f"c{k}")[::3]:
+            content = one["text"].encode()
+            ids = np.frombuffer(content[len(content) // 2 :][:100], np.uint8)
+            if len(ids) == 100:
+                e = embed(ids, found.table_HE, found.facts)
+                right.append(int(np.square(e - found.centres_KE).sum(1).argmin()) == k)
+    assert len(right) > 50
+    assert np.mean(right) > 0.8
+
+
 def test_every_document_is_in_exactly_one_cluster_word_for_word(mixed: Path) -> None:
     before: Counter[tuple[str, str]] = Counter()
     for name, source in MIXED.items():
