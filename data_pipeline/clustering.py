@@ -10,6 +10,7 @@ configuration and seed give the same clusters; every document that is not empty 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -24,14 +25,13 @@ from data_pipeline import clusters as files
 from data_pipeline import corpora, tokenizer
 from data_pipeline.clusters import BUCKETS, WIDTH, Clusters, Facts
 from data_pipeline.config import DataConfig
-from data_pipeline.documents import MAX_DOCUMENT
+from data_pipeline.documents import MAX_DOCUMENT, cut_text
 from data_pipeline.embedding import Learner, embed
-from data_pipeline.files import free_bytes, human_bytes, write_whole
+from data_pipeline.files import free_bytes, fsync_folder, human_bytes, write_whole
 from data_pipeline.kmeans import Grouped, balanced_kmeans
-from data_pipeline.output import LocalFolder
 from data_pipeline.scratch import scratch
 from data_pipeline.splits import Counts, Rules, Usable, usable
-from data_pipeline.tasks import Sample, disk_may_be_full
+from data_pipeline.tasks import disk_may_be_full
 from data_pipeline.tokenizer import Tokenizer
 
 CLUSTERS, FACTS, CONFIG, SHARDS = "clusters.safetensors", "clusters.json", "clusters.yaml", "shards"
@@ -39,7 +39,7 @@ DOCUMENTS = "documents.jsonl"
 EXCERPT = 200
 _DIGITS = 4  # of a source's weight: they become whole numbers, which must not grow large
 _SLICE = 64 << 20
-_SAMPLED_SLICES = 32
+_SAMPLED = 32  # no document is more than so much of the text that a tokenizer is trained on
 
 Progress = Callable[[str, float, float], None]
 """Told what is being done, how far, and of how much: bytes of text, or steps while it is `learning` or `grouping`."""
@@ -107,7 +107,9 @@ def cluster(
         made = work.run(into, ids, seed)
         if out.exists():
             raise UsageError(f"{out} was made by somebody else meanwhile; give another --out")
+        fsync_folder(draft)
         draft.rename(out)
+        fsync_folder(out.parent)
     return made
 
 
@@ -181,19 +183,23 @@ class _Work:
 
     def _tokenizer(self) -> Tokenizer:
         """The configuration's tokenizer, trained on a sample where it is to be; kept in the folder."""
-        spec, texts = self._data.tokenizer, list[str]()
-        if tokenizer.is_trained(spec):
-            budget = int(self._data.tokenizer_sample_mib * 2**20)
-            for plan in self._plans:
-                count = min(len(plan.slices), _SAMPLED_SLICES)
-                for number in range(count):
-                    part = plan.slices[number * len(plan.slices) // count]
-                    share = budget * plan.text_bytes / max(1, sum(p.text_bytes for p in self._plans)) / count
-                    texts += Sample(part, self._rules, int(share) + 1, LocalFolder(self._draft)).work()
-        made = tokenizer.make(spec, texts)
+        spec = self._data.tokenizer
+        made = tokenizer.make(spec, self._sample() if tokenizer.is_trained(spec) else [])
         if made.spec != "bytes":
             made.save(self._draft)
         return made
+
+    def _sample(self) -> list[str]:
+        """Beginnings of documents, spread over all text."""
+        budget, texts, seen, taken = int(self._data.tokenizer_sample_mib * 2**20), list[str](), 0, 0
+        for _, found in self._documents("sampling"):
+            if taken >= budget:
+                break
+            if taken * self._expected <= seen * budget:
+                texts.append(cut_text(found.document.text, min(budget - taken, budget // _SAMPLED + 1)))
+                taken += len(texts[-1].encode())
+            seen += found.text_bytes
+        return texts
 
     def _embed(self, made: Tokenizer, table_HE: np.ndarray, facts: Facts) -> _Read:
         read = _Read()
@@ -307,8 +313,11 @@ class _Folder:
         write_whole(self._path / f"long-{self._long:05d}.txt", found.document.text.encode())
 
     def close(self) -> None:
-        """Finish the file."""
+        """Finish the file; what was written is safe when this returns."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self._file.close()
+        fsync_folder(self._path)
 
 
 def _prefix(data: DataConfig) -> str:

@@ -236,7 +236,7 @@ def test_what_is_written_is_built_as_it_is_and_weighs_what_it_weighed(tmp_path: 
         told.setdefault(what, []).append(done / total)
 
     made = cluster(whole, out, into=2, source="a", progress=tell)
-    assert list(told) == ["reading", "learning", "embedding", "grouping", "writing"]
+    assert list(told) == ["sampling", "reading", "learning", "embedding", "grouping", "writing"]
     assert all(all(0 < part <= 1 for part in parts) and parts == sorted(parts) for parts in told.values())
     assert (made.documents, made.empty) == (150, 2)
     assert [one.name for one in made.clusters] == ["cc0", "cc1"], "no name is a source's"
