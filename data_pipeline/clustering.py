@@ -86,7 +86,7 @@ def cluster(
 ) -> Clustered:  # fmt: skip
     """Group the documents of one source, or of all, into `into` clusters of equal shares of tokens, in a new folder.
 
-    ids: token ids in an n-gram; left out, 3 of bytes and 1 of a trained tokenizer's. `out` appears whole.
+    ids: token ids in an n-gram; left out, 3 of bytes and 2 of a trained tokenizer's. `out` appears whole.
     Raises UsageError for what cannot be asked, ConfigError for a wrong configuration, DataError for text that cannot be
     read or grouped, LeviathanError where the disk is full.
     """
@@ -131,7 +131,7 @@ class _Work:
         """All passes."""
         made = self._tokenizer()
         names = tuple(f"{_prefix(self._data)}{number}" for number in range(into))
-        grams = ids or (3 if made.spec == "bytes" else 1)
+        grams = ids or (3 if made.spec == "bytes" else 2)
         facts = Facts(made.sha256, made.vocab, grams, BUCKETS, WIDTH, names)
         learner = Learner(facts)
         for _, found in self._documents("reading"):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-ROUNDS, STARTS = 20, 4
+ROUNDS, STARTS = 20, 8
 
 
 class Grouped(NamedTuple):
