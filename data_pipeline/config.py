@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import field_validator
 
@@ -33,7 +33,9 @@ class DataConfig(Config):
         "bytes", "match", "`bytes`, `sp:4096` (unigram), `sp-bpe:4096`, or a sentencepiece .model file"
     )
     tokenizer_sample_mib: float = key(16.0, "match", "text that a new tokenizer is trained on", gt=0)
-    sources: dict[str, SourceConfig] = key({}, "match", "the sources of text, by a name of yours")
+    sources: dict[str, SourceConfig] = key(
+        {}, "match", "the sources of text, by a name of yours; `NAME: ~` leaves out one that an earlier file names"
+    )
     heldout: float = key(0.01, "match", "share of the documents kept for evaluation, never trained on", ge=0, lt=1)
     unicode_errors: Literal["replace", "skip", "fail"] = key(
         "replace", "match", "what to do with a document that is not UTF-8"
@@ -48,6 +50,13 @@ class DataConfig(Config):
     )
     cache_dir: str = key("~/.cache/leviathan/shards", "free", "where remote shards are kept")
     cache_gib: float = key(100.0, "free", "the most that remote shards may take on disk", gt=0)
+
+    @field_validator("sources", mode="before")
+    @classmethod
+    def _some_are_left_out(cls, sources: Any) -> Any:
+        if not isinstance(sources, dict):
+            return sources
+        return {name: source for name, source in sources.items() if source is not None}
 
     @field_validator("sources")
     @classmethod

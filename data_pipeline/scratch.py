@@ -14,10 +14,10 @@ PREFIX = "leviathan-drafts-"
 
 
 @contextlib.contextmanager
-def scratch() -> Iterator[Path]:
-    """A new folder, in $TMPDIR or where the system keeps such files, for as long as the block lasts."""
-    sweep()
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+def scratch(where: Path | None = None) -> Iterator[Path]:
+    """A new folder in `where`, else in $TMPDIR or where the system keeps such files, while the block lasts."""
+    sweep(where)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=where))
     handle = os.open(folder, os.O_RDONLY)
     try:
         # the lock ends with the process, however that ends, and says that the folder is nobody's
@@ -28,9 +28,9 @@ def scratch() -> Iterator[Path]:
         os.close(handle)
 
 
-def sweep() -> None:
+def sweep(where: Path | None = None) -> None:
     """Remove the folders of processes that are gone."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    for folder in Path(where or tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
             handle = os.open(folder, os.O_RDONLY)
             try:

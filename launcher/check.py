@@ -21,7 +21,7 @@ from data_pipeline.dataset import Dataset, open_dataset
 from data_pipeline.files import free_bytes, human_bytes
 from data_pipeline.order import Order
 from data_pipeline.places import public
-from launcher.prepare import changes_since, check_rows, has_begun, own_mixers, resolve, run_folder
+from launcher.prepare import changes_since, check_clusters, check_rows, has_begun, own_mixers, resolve, run_folder
 from launcher.runs import check_not_in_use
 from launcher.screen import cores, make_facts, make_table, make_terminal, told
 from pretrain.activations import activation_bytes
@@ -72,6 +72,7 @@ def check_run(files: Sequence[str], words: Sequence[str], ranks: int | None) -> 
     world, found, terminal = ranks or launch.ranks, Findings(), make_terminal()
     folder = run_folder(config, files)
     found.attempt(lambda: check_rows(config, world))
+    found.attempt(lambda: check_clusters(config, folder))
     dataset = found.attempt(lambda: open_dataset(config.data))
     vocab = found.attempt(lambda: _vocab(config, dataset))
     model = found.attempt(lambda: _model(config, vocab)) if vocab is not None else None

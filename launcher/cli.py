@@ -12,6 +12,8 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from configs.errors import INTERRUPTED, ConfigError, LeviathanError, UsageError
+from launcher.cli_data import data
+from launcher.cli_words import Run, Words, split, verbs
 
 app = typer.Typer(
     add_completion=False,
@@ -20,14 +22,10 @@ app = typer.Typer(
     epilog="Begin with: leviathan data build demo; leviathan check demo; leviathan ensemble demo",
     pretty_exceptions_enable=False,
 )
-data = typer.Typer(invoke_without_command=True, help="Build shards, check them, look into them, ask what a step read.")
 submit = typer.Typer(invoke_without_command=True, help="Give a run to a cluster's queue.")
 mixers = typer.Typer(invoke_without_command=True, help="List all token mixers; certify them; begin one of your own.")
 
 PREPARE, TRAIN, USE = "Before a run", "Runs", "Trained models"
-Words = Annotated[
-    list[str], typer.Argument(metavar="CONFIG | KEY=VALUE", help="YAML files, later wins; then single values.")
-]
 Ranks = Annotated[int | None, typer.Option(min=1, help="Processes, one a device; instead of launch.ranks.")]
 Branch = Annotated[
     list[str] | None,
@@ -36,17 +34,10 @@ Branch = Annotated[
 Allow = Annotated[list[str] | None, typer.Option(help="A key that may differ from the run's beginning.")]
 Without = Annotated[list[str] | None, typer.Option(metavar="MODULE", help="Of an ensemble: leave it out.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the job's script; submit and write nothing.")]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run under runs/, or the path of its folder.")]
-Folder = Annotated[str, typer.Argument(metavar="DIR", help="A folder of shards: data.dir.")]
 StepOf = Annotated[int | None, typer.Option(help="The checkpoint of this step; left out: the newest that is whole.")]
 
 
-@data.callback()
-@submit.callback()
-def verbs(context: typer.Context) -> None:
-    """Without a verb, say which there are."""
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+submit.callback()(verbs)
 
 
 @app.callback()
@@ -72,7 +63,7 @@ def doctor(
     if nodes:
         from launcher.doctor_nodes import examine_nodes
 
-        raise typer.Exit(examine_nodes(*_split(words or [])))
+        raise typer.Exit(examine_nodes(*split(words or [])))
     if words:
         raise UsageError(f"a configuration is looked at with --nodes alone; leave {words[0]!r} out")
     from launcher.doctor import examine
@@ -83,67 +74,12 @@ def doctor(
 app.add_typer(data, name="data", rich_help_panel=PREPARE)
 
 
-@data.command("build")
-def data_build(
-    words: Words,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes that work; left out: one a core.")] = None,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Replace shards of another build in data.dir.")] = False,
-    on: Annotated[Literal["here", "ray"], typer.Option(help="Who works: processes here, or a Ray cluster.")] = "here",
-    address: Annotated[
-        str | None, typer.Option(envvar="RAY_ADDRESS", help="Of the Ray cluster, for example 10.0.0.1:6379.")
-    ] = None,
-) -> None:
-    """Make the shards of a configuration in data.dir; goes on where an earlier build was stopped."""
-    if on == "ray" and not address:
-        raise UsageError("--on ray needs the address of a cluster; give --address, or set RAY_ADDRESS")
-    from launcher.data import build_shards
-
-    files, values = _split(words)
-    build_shards(files, values, workers, rebuild, address if on == "ray" else None)
-
-
-@data.command("check")
-def data_check(
-    folder: Folder,
-    length: Annotated[
-        int | None, typer.Option(min=1, help="Also tell how many tokens rows of this length waste.")
-    ] = None,
-) -> None:
-    """Read every byte of a folder of shards and compare it with the manifest; list all that is wrong."""
-    from launcher.data import check_shards
-
-    check_shards(folder, length)
-
-
-@data.command("show")
-def data_show(
-    folder: Folder,
-    source: Annotated[str | None, typer.Option(help="One source; left out: all of them.")] = None,
-    split: Annotated[Literal["train", "heldout"], typer.Option(help="Text to train on, or held-out text.")] = "train",
-    count: Annotated[int, typer.Option(min=1, help="Documents of each source, spread evenly.")] = 3,
-) -> None:
-    """Print documents as the tokenizer gives them back."""
-    from launcher.data import show_samples
-
-    show_samples(folder, source, split, count)
-
-
-@data.command("explain")
-def data_explain(
-    run: Run, step: Annotated[int, typer.Option(help="The step, counted from 1 as the trainer prints it.")]
-) -> None:
-    """Name the documents that the rows of a step came from; also of a step that is still to come."""
-    from launcher.data import explain_step
-
-    explain_step(run, step)
-
-
 @app.command(rich_help_panel=PREPARE)
 def check(words: Words, ranks: Ranks = None) -> None:
     """Build everything without memory and say what a run would be, cost and need; trains and writes nothing."""
     from launcher.check import check_run
 
-    files, values = _split(words)
+    files, values = split(words)
     check_run(files, values, ranks)
 
 
@@ -197,7 +133,7 @@ def train(
     """Train here, under a supervisor; go on where the run was, if it was begun before."""
     from launcher.train import train_here
 
-    files, values = _split(words)
+    files, values = split(words)
     raise typer.Exit(train_here(files, values, ranks=ranks, branch=branch or [], allow=allow or []))
 
 
@@ -210,7 +146,7 @@ def ensemble(
     """Train each module of an ensemble alone, then all of them joined; go on wherever that was."""
     from launcher.ensemble import train_ensemble
 
-    files, values = _split(words)
+    files, values = split(words)
     raise typer.Exit(train_ensemble(files, values, ranks=ranks, without=without or []))
 
 
@@ -232,7 +168,7 @@ def submit_slurm(
     from launcher.submit import Asked
     from launcher.submit import submit_slurm as submit_run
 
-    files, values = _split(words)
+    files, values = split(words)
     asked = Asked(nodes, ranks, branch or [], allow or [], after or [], without or [])
     submit_run(files, values, asked, dry_run=dry_run)
 
@@ -255,7 +191,7 @@ def submit_ray(
 
     if dry_run and kuberay:
         raise UsageError("--dry-run and --kuberay exclude each other; give one of them")
-    files, values = _split(words)
+    files, values = split(words)
     values += [] if ranks is None else [f"launch.ranks={ranks}"]
     mode = "print" if dry_run else "kuberay" if kuberay else "submit"
     lists = (branch or [], allow or [], without or [])
@@ -393,9 +329,3 @@ def _leave(code: int) -> NoReturn:
 def _tell(message: str) -> None:
     for line in message.splitlines():
         print(f"error: {line}", file=sys.stderr)
-
-
-def _split(words: list[str]) -> tuple[list[str], list[str]]:
-    """Configuration files, and key=value words."""
-    files = [word for word in words if "=" not in word or Path(word).is_file()]
-    return files, [word for word in words if word not in files]

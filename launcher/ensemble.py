@@ -24,6 +24,7 @@ from launcher.config import LaunchConfig
 from launcher.prepare import (
     Prepared,
     changes_since,
+    check_clusters,
     check_rows,
     has_begun,
     make_ready,
@@ -106,6 +107,7 @@ def plan_ensemble(files: Sequence[str], words: Sequence[str], ranks: int | None,
     check_rows(config, launch.ranks)
     # named before modules are left out: those that are left keep their runs
     folder = run_folder(config, files)
+    check_clusters(config, folder)
     named = {
         "run": config.run.model_copy(update={"name": folder.name}),
         "log": config.log.model_copy(update={"wandb_group": config.log.wandb_group or folder.name}),

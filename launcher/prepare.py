@@ -100,6 +100,8 @@ def prepare(
             f"the branch begins at step {origin['step']:,} and ends at step {total_steps(config):,}, so it would train"
             " nothing; raise train.steps, which counts from the origin's first step"
         )
+    if origin is None or "run" not in origin:
+        check_clusters(config, folder)
     return make_ready(config, launch, folder, origin=origin, allow=allow)
 
 
@@ -168,6 +170,17 @@ def check_rows(config: RunConfig, ranks: int) -> None:
         raise ConfigError(
             f"train.micro_rows is {micro}, which does not divide the {share} rows of a rank; the nearest is {fits}"
         )
+
+
+def check_clusters(config: RunConfig, folder: RunFolder) -> None:
+    """Raise ConfigError or DataError where an ensemble that has not begun lacks the clusters it is to begin with, or
+    modules are not these clusters. What has begun has them in its checkpoints."""
+    ensemble = config.model.ensemble
+    if ensemble.fusion == "clusters" and not has_begun(folder):
+        from data_pipeline import clusters
+
+        path = Path(ensemble.clusters.file or "").expanduser()
+        clusters.check_names(ensemble.modules, clusters.load(path).facts.names, path, every=True)
 
 
 def most_ranks(config: RunConfig, most: int) -> int:

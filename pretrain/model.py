@@ -78,6 +78,10 @@ class Model(nn.Module, ABC):
     def begin_step(self, step: int) -> None:
         """Told before the forward passes of every step (from 0), for what changes over a run."""
 
+    def check_first_values(self, tokenizer: str) -> None:
+        """Told the tokenizer's sha256 where a run begins with first values. Raises ConfigError or DataError where the
+        files they come from are gone or of another tokenizer; whoever loads a checkpoint needs none."""
+
     def measure_names(self) -> list[str]:
         """Of the sums in `LossParts.measures`."""
         return []

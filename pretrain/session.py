@@ -126,6 +126,8 @@ class Session:
         found = own or self._branch_point()
         fresh = beginning(0, self._weights())
         origin = self.folder.facts().get("from")
+        if found is None:
+            self.engine.model.check_first_values(self.dataset.manifest.tokenizer.sha256)
         if found is None and origin is not None:
             self._begin_with(origin)
             return fresh

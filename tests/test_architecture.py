@@ -33,7 +33,7 @@ DOORS = {
     "webdataset": {"data_pipeline/shards.py"},
     "sentencepiece": {"data_pipeline/tokenizer.py"},
     "matplotlib": {"pretrain/plots.py"},
-    "typer": {"launcher/cli.py"},
+    "typer": {"launcher/cli.py", "launcher/cli_data.py", "launcher/cli_words.py"},
 }
 HEAVY = {"torch", "deepspeed", "ray", "wandb", "webdataset", "matplotlib", "pyarrow"}
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]

@@ -8,12 +8,24 @@ from typing import Literal
 from pydantic import model_validator
 
 from configs.errors import UsageError
-from configs.schema import Config, key
+from configs.schema import Config, key, section
 
 FIRST, SECOND = "a", "b"
 """A module's two models."""
 
-Fusion = Literal["none", "mhc", "posterior", "uniform", "btx"]
+Fusion = Literal["none", "mhc", "posterior", "uniform", "clusters", "btx"]
+
+
+class ClustersConfig(Config):
+    """Of `fusion: clusters`: what `leviathan data cluster` writes into its clusters.yaml."""
+
+    file: str | None = key(
+        None, "record", "clusters.safetensors of `leviathan data cluster`; read once, when a run begins"
+    )
+    ids: int = key(3, "match", "token ids in an n-gram, as in that file", ge=1, le=8)
+    buckets: int = key(16384, "match", "buckets of n-grams, as in that file", gt=0)
+    width: int = key(32, "match", "width of an embedding, as in that file", gt=0)
+    temperature: float = key(0.1, "match", "squared distance that costs a module a factor e of its relevance", gt=0)
 
 
 class ShapeConfig(Config):
@@ -40,6 +52,7 @@ class EnsembleConfig(Config):
     heads: int = key(4, "match", "of `mhc`: heads of the fusion", gt=0)
     lags: int = key(4, "match", "of `mhc`: lags of the fusion's correlation", gt=0)
     top: int = key(2, "match", "of `mhc`: modules kept for each token; of `btx`: experts that read it", gt=0)
+    clusters: ClustersConfig = section(ClustersConfig)
     memory: float = key(1.0, "match", "of `posterior`: share of the evidence left a token later", gt=0, le=1)
     prior: dict[str, float] = key(
         {}, "record",
@@ -62,7 +75,13 @@ class EnsembleConfig(Config):
         if bad:
             raise ValueError(f"calls a module {bad[0]!r}; use letters, digits, - and _, not a digit first")
         if len(self.modules) > 1 and self.fusion == "none":
-            raise ValueError(f"has {len(self.modules)} modules but fusion none; choose mhc, posterior, uniform or btx")
+            raise ValueError(
+                f"has {len(self.modules)} modules but fusion none; choose mhc, posterior, uniform, clusters or btx"
+            )
+        if self.fusion == "clusters" and self.clusters.file is None:
+            raise ValueError(
+                "has fusion clusters and no clusters.file; give the clusters.yaml of `leviathan data cluster` too"
+            )
         if self.fusion == "mhc" and self.top > len(self.modules):
             raise ValueError(f"keeps the top {self.top} of {len(self.modules)} modules; set top to at most that")
         if self.fusion == "btx" and self.top > 2 * len(self.modules):

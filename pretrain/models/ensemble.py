@@ -6,7 +6,8 @@
 `fusion` gives pi: `mhc`, a correlation over modules and positions (pretrain/ensemble/fusion.py); `posterior`, what the
 tokens so far say for each module on top of its `prior`, which needs no training: never worse than module m by more than
 -log prior_m a document, log M where all are alike (DEMix, arXiv 2108.05036; Branch-Train-Merge, arXiv 2208.03306);
-`uniform`. A module alone is trained first, by its own loss and a part of its two models' own.
+`clusters`, the distance of what was read to each module's cluster of text (pretrain/ensemble/nearest.py); `uniform`. A
+module alone is trained first, by its own loss and a part of its two models' own.
 
 Source: "Leviathan" (attention-free-revolution) names eight models in four modules and "only the relevant part"; every
 equation here is this project's.
@@ -29,6 +30,7 @@ from pretrain.config import ModelConfig
 from pretrain.ensemble.config import remaining
 from pretrain.ensemble.fusion import Fused, Fusion
 from pretrain.ensemble.losses import Heads, evidence, module_logits, module_losses
+from pretrain.ensemble.nearest import Nearest
 from pretrain.ensemble.pairs import Pairs, Ran
 from pretrain.ensemble.shapes import Order, groups_of
 from pretrain.groups import grouped, parts_of
@@ -62,6 +64,7 @@ class LeviathanModelEnsemble(Model):
         self.order = Order(config)
         self.models = grouped([_pairs(group, vocab, config) for group in groups_of(config)])
         self.fusion = Fusion(config, vocab) if config.ensemble.fusion == "mhc" else None
+        self.nearest = Nearest(config.ensemble, vocab) if config.ensemble.fusion == "clusters" else None
         self.present = [True] * len(self.modules_named)
         self._sources: list[str] = []
         self._step = 0
@@ -85,7 +88,7 @@ class LeviathanModelEnsemble(Model):
 
     def _parts(self, groups: Sequence[Tensor], layout: Layout, batch: Batch) -> LossParts:
         """The loss of what one pass gives, without that of channel mixers. groups: h_KBTD of the models of each."""
-        (log_pi_MBT, log_all_MBT, found_BTF), _ = self._relevance(groups, layout, None)
+        (log_pi_MBT, log_all_MBT, found_BTF), _ = self._weighed(batch.tokens_BT, groups, layout, None)
         found_NF = None if found_BTF is None else found_BTF.flatten(0, 1)
         alone, targets_N = len(self.modules_named) == 1, batch.targets_BT.reshape(-1)
         told = [
@@ -116,6 +119,13 @@ class LeviathanModelEnsemble(Model):
 
     def _groups(self) -> list[Pairs]:
         return parts_of(self.models)
+
+    def _weighed(self, tokens_BT: Tensor, groups: Sequence[Tensor], layout: Layout, state: Any) -> tuple[Fused, Any]:
+        """As `_relevance`; by clusters, tokens alone say it."""
+        if self.nearest is None:
+            return self._relevance(groups, layout, state)
+        score_MBT, state = self.nearest(tokens_BT, layout, state)
+        return Fused(self._among_present(score_MBT), score_MBT.log_softmax(0), None), state
 
     def _relevance(self, groups: Sequence[Tensor], layout: Layout, state: Any) -> tuple[Fused, Any]:
         """What is relevant to each token where that does not depend on losses, else all alike; the fusion's state."""
@@ -175,7 +185,7 @@ class LeviathanModelEnsemble(Model):
     def logits(self, tokens_BT: Tensor, layout: Layout) -> Tensor:
         """(B, T, V): log of the mixture's probabilities."""
         groups = [of_group.h_KBTD[-1] for of_group in self._run(tokens_BT, layout)]
-        fused, _ = self._relevance(groups, layout, None)
+        fused, _ = self._weighed(tokens_BT, groups, layout, None)
         return self._mixed(groups, fused, tokens_BT, layout, *self._nothing_told(len(tokens_BT), groups[0]))[0]
 
     def decode(self, tokens_BT: Tensor, state: StreamState, layout: Layout | None = None) -> tuple[Tensor, StreamState]:
@@ -187,7 +197,7 @@ class LeviathanModelEnsemble(Model):
             )
         ran = self._run(tokens_BT, layout, state.layers)
         groups, layers = [of_group.h_KBTD[-1] for of_group in ran], tuple(of_group.states for of_group in ran)
-        fused, fusion = self._relevance(groups, layout, state.fusion)
+        fused, fusion = self._weighed(tokens_BT, groups, layout, state.fusion)
         told = (state.evidence_MB, state.last_MBV)
         mixed, evidence_MB, last_MBV = self._mixed(groups, fused, tokens_BT, layout, *told)
         after = StreamState(layers, fusion, evidence_MB, last_MBV, layout.pos_BT[:, -1], layout.doc_BT[:, -1])
@@ -221,7 +231,8 @@ class LeviathanModelEnsemble(Model):
 
     def initial_state(self, rows: int) -> StreamState:
         like, groups = self._heads()[0].weight_KVD, self._groups()
-        fusion = None if self.fusion is None else self.fusion.initial_state(rows, like)
+        fusion: Any = None if self.fusion is None else self.fusion.initial_state(rows, like)
+        fusion = fusion if self.nearest is None else self.nearest.initial_state(rows)
         ones = torch.ones(rows, dtype=torch.long, device=like.device)
         layers = tuple(pairs.initial_state(rows) for pairs in groups)
         return StreamState(layers, fusion, *self._nothing_told(rows, like), -ones, 0 * ones)
@@ -239,6 +250,11 @@ class LeviathanModelEnsemble(Model):
 
     def begin_step(self, step: int) -> None:
         self._step = step
+
+    def check_first_values(self, tokenizer: str) -> None:
+        """Of clusters their file is needed, and that of this tokenizer."""
+        if self.nearest is not None:
+            self.nearest.check_first_values(tokenizer)
 
     def measure_names(self) -> list[str]:
         if len(self.modules_named) == 1:
@@ -267,10 +283,12 @@ class LeviathanModelEnsemble(Model):
 
     def flops_per_token(self) -> int:
         fusion = 0 if self.fusion is None else self.fusion.flops_per_token(self.length)
+        fusion = fusion if self.nearest is None else self.nearest.flops_per_token()
         return sum(pairs.flops_per_token(self.length) for pairs in self._groups()) + fusion
 
     def state_bytes(self, length: int) -> int:
         fusion = 0 if self.fusion is None else self.fusion.state_bytes(length)
+        fusion = fusion if self.nearest is None else self.nearest.state_bytes()
         told = 2 * len(self.modules_named) * (1 + self.vocab)
         return sum(pairs.state_bytes(length) for pairs in self._groups()) + fusion + told
 

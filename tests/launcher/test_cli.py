@@ -45,7 +45,7 @@ def test_help_imports_no_torch_and_nothing_else_that_is_heavy():
 @pytest.mark.parametrize(
     "words",
     [(verb,) for verb in VERBS]
-    + [("data", verb) for verb in ("build", "check", "show", "explain")]
+    + [("data", verb) for verb in ("build", "check", "show", "explain", "cluster")]
     + [("mixers", verb) for verb in ("check", "new")],
 )
 def test_every_verb_explains_itself(words):

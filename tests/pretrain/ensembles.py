@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
+from pathlib import Path
+
+import numpy as np
 import torch
 
 from configs.load import Layers
 from configs.load import build as checked
 from data_pipeline.batch import IGNORE, Batch
+from data_pipeline.clusters import Clusters, Facts, save, unit
 from pretrain.config import ModelConfig
 from pretrain.layout import Layout
 from pretrain.member_names import stacked_names
@@ -15,14 +21,38 @@ from tests.contract.cases import shaken, tokens
 
 ROWS, LENGTH, VOCAB, WIDTH = 3, 48, 61, 16
 MODULES = ["one", "two", "three", "four"]
-FUSIONS = ["mhc", "posterior", "uniform"]
+FUSIONS = ["mhc", "posterior", "uniform", "clusters"]
 SHAPES = {"one": {"width": 24}, "three": {"width": 24}, "four": {"width": 8, "depth": 3}}
 """Of modules in three groups, of which the first is not in a row."""
+IDS, BUCKETS, EMBEDDED = 3, 64, 6
+
+
+@functools.cache
+def clusters_file(names=tuple(MODULES), tokenizer="a" * 64, vocab=VOCAB):
+    """A file of random clusters, kept while the tests run."""
+    draw = np.random.default_rng(5)
+    table = draw.standard_normal((BUCKETS, EMBEDDED)).astype(np.float32)
+    centres = unit(draw.standard_normal((len(names), EMBEDDED))).astype(np.float32)
+    folder = tempfile.TemporaryDirectory()
+    KEPT.append(folder)
+    path = Path(folder.name) / "clusters.safetensors"
+    save(path, Clusters(Facts(tokenizer, vocab, IDS, BUCKETS, EMBEDDED, names), table, centres))
+    return str(path)
+
+
+KEPT = []
+
+
+def of_clusters(file=None, **keys):
+    """The section of an ensemble that has such clusters."""
+    return {"file": file or clusters_file(), "ids": IDS, "buckets": BUCKETS, "width": EMBEDDED, **keys}
 
 
 def config_of(modules=MODULES, **ensemble):
     mixers = [{"name": "correlation", "options": {"heads": 2, "lags": 2}}]
     own = {"couple_heads": 2, "couple_lags": 2, "width": 16, "heads": 2, "lags": 2, "top": min(2, len(modules))}
+    if ensemble.get("fusion") == "clusters":
+        own["clusters"] = of_clusters(temperature=1.0)  # so that each of several modules counts
     keys = {key: ensemble.pop(key) for key in list(ensemble) if key in ModelConfig.model_fields}
     return checked(
         ModelConfig,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.pretrain.ensembles import clusters_file, of_clusters
 from tests.ranks import run_ranks
 
 WORKER, STAGES = "tests.pretrain.engine_worker", ["0", "1", "2", "3"]
@@ -30,6 +31,15 @@ MODELS: dict[str, dict[str, object]] = {
         **SMALL,
         "ensemble": {"modules": ["one", "two"], "fusion": "posterior", "balance_loss": 0.0, "shapes": SHAPES},
         "wrap": {"passes": 2, "loss": "mean_all", "checkpoint": True},
+    },
+    "ensemble by clusters": {
+        **SMALL,
+        "ensemble": {
+            "modules": ["one", "two"],
+            "fusion": "clusters",
+            "balance_loss": 0.0,
+            "clusters": of_clusters(clusters_file(("one", "two"), vocab=67)),
+        },
     },
     "every other mixer": {**SMALL, "depth": len(OTHERS), "mixers": OTHERS},
     "elita": {
