@@ -115,7 +115,7 @@ def test_the_loss_of_all_passes_is_the_mean_of_ensembles_that_end_at_each_in_gra
     expected.backward()
     for name, p in every.named_parameters():
         grads = [q.grad for cut in cuts for n, q in cut.named_parameters() if n == name and q.grad is not None]
-        if name != "models.shifts.0.beta":
+        if p.requires_grad and name != "models.shifts.0.beta":
             torch.testing.assert_close(p.grad, sum(grads), rtol=1e-9, atol=1e-9)
     with torch.no_grad():
         torch.testing.assert_close(every(batch).total, told[-1].total)
@@ -172,8 +172,8 @@ def test_bf16_stays_near_float64(fusion):
     a, b = (
         torch.cat([p.grad.double().flatten() for p in model.parameters() if p.requires_grad]) for model in (exact, low)
     )
-    # of single modules it is 0.036 to 0.055
-    assert (a - b).norm() / a.norm() < 6e-2
+    # clusters ask the most of single modules, of which alone it is 0.036 to 0.055
+    assert (a - b).norm() / a.norm() < (6e-2 if fusion == "clusters" else 5e-2)
 
 
 @over_fusions
