@@ -10,7 +10,7 @@ import sys
 
 from data_pipeline.host_memory import keep_freed_memory
 
-LOSSES = ("shakespeare", "mixers", "moe", "wrap", "pairs", "ensemble_quality", "published")
+LOSSES = ("shakespeare", "mixers", "moe", "wrap", "pairs", "ensemble_quality", "clusters", "published")
 NAMES = ("step", "layers", "data", "checkpoint", "start", "ensemble", "scale", *LOSSES)
 
 

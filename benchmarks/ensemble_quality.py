@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.dataset import Dataset, open_dataset
 from data_pipeline.loader import Loader
 from data_pipeline.order import Order
+from launcher.tables import BYTES_VOCAB
 from pretrain.config import EngineConfig, ModelConfig, OptimConfig, PartConfig
 from pretrain.engine import Engine, TorchEngine
 from pretrain.ensemble.config import EnsembleConfig
 from pretrain.evaluate import HeldOut, evaluate
-from pretrain.init import initialise
+from pretrain.init import initialise, materialise
 from pretrain.models.build import build
 from pretrain.optim import lr_scale
 from pretrain.parallel import Ranks, derive_seed
@@ -61,7 +63,7 @@ def run(options: argparse.Namespace) -> Table:
         for seed in range(options.seeds):
             found.append(_one_seed(dataset, seed, options.steps, options.joint))
             for name, figures in found[-1].items():
-                _add(table, f"seed {seed}, {name}", figures)
+                add(table, f"seed {seed}, {name}", figures)
     _judge(table, found)
     return table
 
@@ -71,23 +73,38 @@ Figures = dict[str, Any]
 
 
 def _one_seed(dataset: Dataset, seed: int, steps: int, joint: int) -> dict[str, Figures]:
-    modules = {name: _train(dataset, _module(name), steps, derive_seed(seed, name), own=name) for name in SOURCES}
-    values = {k: v for engine in modules.values() for k, v in _named(engine).items()}
-    results: dict[str, Figures] = {}
-    for name in SOURCES:
-        results[f"module {name} alone"] = _figures(dataset, _begun(_ensemble("uniform"), seed, values), [name])
+    values, results = train_modules(dataset, seed, steps), dict[str, Figures]()
+    names = sources_of(dataset)
+    for name in names:
+        alone = begun(ensemble(names, "uniform"), seed, values)
+        results[f"module {name} alone"] = judge(dataset, alone, [name])
     for fusion in ("uniform", "posterior"):
-        results[fusion] = _figures(dataset, _begun(_ensemble(fusion), seed, values))
-    frozen = _ensemble("mhc", freeze="modules", **UNLABELLED)
-    fused = _go_on(dataset, _begun(frozen, seed, values, FUSION_LR), joint, seed)
-    results["mhc, frozen, no labels"] = _figures(dataset, fused)
-    joined = _go_on(dataset, _begun(_ensemble("mhc"), seed, values), joint, seed)
-    results["joint"] = _figures(dataset, joined)
-    count, total = _parameters(joined), steps * len(SOURCES) + joint
-    dense = _train(dataset, _dense(count, dataset.tokenizer.vocab), total, seed)
+        results[fusion] = judge(dataset, begun(ensemble(names, fusion), seed, values))
+    frozen = ensemble(names, "mhc", freeze="modules", **UNLABELLED)
+    fused = _go_on(dataset, begun(frozen, seed, values, FUSION_LR), joint, seed)
+    results["mhc, frozen, no labels"] = judge(dataset, fused)
+    joined = _go_on(dataset, begun(ensemble(names, "mhc"), seed, values), joint, seed)
+    results["joint"] = judge(dataset, joined)
+    count, total = _parameters(joined), steps * len(names) + joint
+    dense = _go_on(dataset, _engine(_dense(count, dataset.tokenizer.vocab), seed, names), total, seed)
     note = f"{_parameters(dense):,} parameters, the ensemble has {count:,}; {total} steps"
-    results["dense"] = _figures(dataset, dense) | {"note": note}
+    results["dense"] = judge(dataset, dense) | {"note": note}
     return results
+
+
+def train_modules(dataset: Dataset, seed: int, steps: int) -> dict[str, torch.Tensor]:
+    """Each module alone, mostly on the source it is called by: members' own parameters, as all ensembles call them."""
+    engines = [
+        _go_on(dataset, _engine(_module(name), derive_seed(seed, name), sources_of(dataset)), steps,
+               derive_seed(seed, name), own=name)
+        for name in sources_of(dataset)
+    ]  # fmt: skip
+    return {k: v for engine in engines for k, v in _named(engine).items()}
+
+
+def sources_of(dataset: Dataset) -> list[str]:
+    """The sources, which modules are called by."""
+    return dataset.manifest.source_names()
 
 
 # ---- models
@@ -103,9 +120,10 @@ def _module(name: str) -> ModelConfig:
     return _config(ensemble=EnsembleConfig(modules=(name,), couple_heads=2, couple_lags=2))
 
 
-def _ensemble(fusion: str, **more: Any) -> ModelConfig:
+def ensemble(names: Sequence[str], fusion: str, **more: Any) -> ModelConfig:
+    """All modules, combined in some way."""
     keys = {"couple_heads": 2, "couple_lags": 2, "fusion": fusion, **FUSION, **more}
-    return _config(ensemble=EnsembleConfig(modules=tuple(SOURCES), **keys))
+    return _config(ensemble=EnsembleConfig(modules=tuple(names), **keys))
 
 
 def _dense(parameters: int, vocab: int) -> ModelConfig:
@@ -126,36 +144,33 @@ def _named(engine: Engine) -> dict[str, torch.Tensor]:
     return {f"{module} {name}": p.detach() for name, p in engine.model.named_parameters()}
 
 
-def _begun(config: ModelConfig, seed: int, values: dict[str, torch.Tensor], lr: float = OPTIM.lr) -> Engine:
+def begun(config: ModelConfig, seed: int, values: dict[str, torch.Tensor], lr: float = OPTIM.lr) -> Engine:
     """An ensemble that begins with the modules' parameters."""
-    engine = _engine(config, seed, lr)
+    names = config.ensemble.modules
+    engine = _engine(config, seed, names, lr)
     with torch.no_grad():
         for name, p in engine.model.named_parameters():
             if name.startswith("models."):
-                p.copy_(torch.cat([values[f"{module} {name}"] for module in SOURCES]))
+                p.copy_(torch.cat([values[f"{module} {name}"] for module in names]))
     return engine
 
 
-def _engine(config: ModelConfig, seed: int, lr: float = OPTIM.lr) -> Engine:
-    model = build(config, 257).to_empty(device="cpu")
+def _engine(config: ModelConfig, seed: int, sources: Sequence[str], lr: float = OPTIM.lr) -> Engine:
+    model = materialise(build(config, BYTES_VOCAB), "cpu")
     initialise(model, seed)
-    model.know_sources(list(SOURCES))
+    model.know_sources(list(sources))
     plain, optim = EngineConfig(name="torch"), OPTIM.model_copy(update={"lr": lr})
-    return TorchEngine(model, optim, plain, sources=len(SOURCES), seed=seed, device=torch.device("cpu"))
+    return TorchEngine(model, optim, plain, sources=len(sources), seed=seed, device=torch.device("cpu"))
 
 
 # ---- training and evaluation
 
 
-def _train(dataset: Dataset, config: ModelConfig, steps: int, seed: int, own: str | None = None) -> Engine:
-    return _go_on(dataset, _engine(config, seed), steps, seed, own)
-
-
 def _go_on(dataset: Dataset, engine: Engine, steps: int, seed: int, own: str | None = None) -> Engine:
     """Train on all sources equally, or on one with a little of the others."""
-    began, others = time.process_time(), len(SOURCES) - 1
-    mostly = {name: others * (1 - SHARED) if name == own else SHARED for name in SOURCES}
-    weights = {name: 1.0 if own is None else round(1000 * mostly[name]) / 1000 for name in SOURCES}
+    began, names = time.process_time(), sources_of(dataset)
+    mostly = {name: (len(names) - 1) * (1 - SHARED) if name == own else SHARED for name in names}
+    weights = {name: 1.0 if own is None else round(1000 * mostly[name]) / 1000 for name in names}
     order = Order(dataset.manifest, length=LENGTH, seed=derive_seed(seed, "data", own), weights=weights)
     loader = Loader(order, dataset.shards, batch_rows=ROWS, micro_rows=ROWS, rank=0, world=1)
     scale, loss = lr_scale(OPTIM, steps), 0.0
@@ -168,17 +183,18 @@ def _go_on(dataset: Dataset, engine: Engine, steps: int, seed: int, own: str | N
     return engine
 
 
-def _figures(dataset: Dataset, engine: Engine, only: list[str] | None = None) -> Figures:
+def judge(dataset: Dataset, engine: Engine, only: Sequence[str] | None = None) -> Figures:
     """Held-out loss by source, and how relevant the right module is. only: modules that are there, the others not."""
     model: Any = engine.model
+    names = sources_of(dataset)
     if only is not None:
-        model.without([name for name in SOURCES if name not in only])
-    heldout = HeldOut(dataset.manifest, dataset.shards, list(SOURCES), LENGTH, 128)
+        model.without([name for name in names if name not in only])
+    heldout = HeldOut(dataset.manifest, dataset.shards, names, LENGTH, 128)
     record = evaluate(engine.evaluate, heldout, dataset.tokenizer.byte_lengths, Ranks(0, 1, 0, "here"),
                       batch_rows=32, told_by=model.figures)  # fmt: skip
-    loss = {name: record["sources"][name]["loss"] for name in SOURCES}
+    loss = {name: record["sources"][name]["loss"] for name in names}
     told = record.get("model", {})
-    relevance = {name: told[name]["relevance"][name] for name in SOURCES} if told else {}
+    relevance = {name: told[name]["relevance"][name] for name in names} if told else {}
     return {"loss": loss, "relevance": relevance, "note": ""}
 
 
@@ -193,7 +209,8 @@ def _shown(by_source: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in by_source.items())
 
 
-def _add(table: Table, name: str, figures: Figures) -> None:
+def add(table: Table, name: str, figures: Figures) -> None:
+    """A row of the table: loss in the mean over sources, and of each."""
     parts = [_shown(figures["loss"]), figures["note"]]
     if figures["relevance"] and not name.endswith("alone"):
         parts.append(f"relevance of the right module: {_shown(figures['relevance'])}")
