@@ -1,9 +1,9 @@
 """Four kinds of text without labels: what clustering finds, and what an ensemble of the clusters is worth.
 
-Purity is the share of tokens that are of the largest kind of their cluster. A trained vocabulary has three of the kinds:
-the fourth has more characters than it has pieces. Then modules are trained on
-clusters of half as much text, by the recipe of `ensemble_quality`, and combined without further training: by the
-distance to clusters at some temperatures, by what tokens tell (posterior), and by nothing (uniform).
+Purity is the share of tokens that are of the largest kind of their cluster. A trained vocabulary is given three of the
+kinds: the fourth has more characters than it would have pieces. Then modules are trained on clusters of half as much
+text, by the recipe of `ensemble_quality`, and combined without further training: by the distance to clusters at some
+temperatures, by what tokens tell (posterior), and by nothing (uniform).
 """
 
 from __future__ import annotations
