@@ -96,7 +96,9 @@ def test_a_job_that_loses_ray_on_a_node_is_queued_again_and_goes_on(cluster, tin
     wait_until(lambda: len(events(run, "requeue")) == 1, seconds=60)
     asked.touch()
     assert_ended(cluster, run, job)
-    assert cluster.restarts(job) == 1
-    assert any(said.startswith("Ray has ended on a node (") for said in events(run, "warning"))
+    # one start more where a slow machine takes longer than the 30 s that Ray gives a node to start; each is told
+    ended = [said for said in events(run, "warning") if said.startswith("Ray has ended on a node (")]
+    history = [f"{event['time']:.1f} {event['message']}" for event in run.history()]
+    assert 1 <= cluster.restarts(job) == len(ended) == len(events(run, "requeue")) <= 2, history
     assert events(run, "resume") == ["resumed from step_000000010"]
     assert not ray_processes(cluster)
