@@ -84,3 +84,12 @@ def batch_of(layout: Layout, source=(0, 1, 2)) -> Batch:
     targets = ids[:, 1:].masked_fill(last, IGNORE)
     count = int((targets != IGNORE).sum())
     return Batch(ids[:, :-1], targets, layout.doc_BT, layout.pos_BT, torch.tensor(source), count, True)
+
+
+def assert_documents_stand_alone(model, ids, layout, together):
+    """Each document of packed rows, given by itself, has the logits it has in its row (`together`)."""
+    for row in range(len(ids)):
+        for number in layout.doc_BT[row].unique():
+            place = torch.nonzero(layout.doc_BT[row] == number).flatten()
+            alone = model.logits(ids[row : row + 1, place], Layout.single(1, len(place)))
+            torch.testing.assert_close(together[row : row + 1, place], alone, rtol=0, atol=1e-12)

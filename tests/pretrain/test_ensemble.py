@@ -18,7 +18,19 @@ from pretrain.members import members_of
 from pretrain.models.build import build
 from pretrain.models.language_model import LanguageModel
 from tests.contract.cases import noise, packed, piece, tokens
-from tests.pretrain.ensembles import FUSIONS, LENGTH, MODULES, ROWS, SHAPES, VOCAB, WIDTH, batch_of, config_of, make
+from tests.pretrain.ensembles import (
+    FUSIONS,
+    LENGTH,
+    MODULES,
+    ROWS,
+    SHAPES,
+    VOCAB,
+    WIDTH,
+    assert_documents_stand_alone,
+    batch_of,
+    config_of,
+    make,
+)
 
 over_fusions = pytest.mark.parametrize("fusion", FUSIONS)
 
@@ -55,11 +67,7 @@ def test_a_later_token_and_another_row_change_nothing(fusion):
 def test_a_packed_document_is_read_as_if_it_stood_alone_and_a_prefix_as_the_whole(fusion):
     model, ids, layout = make(fusion=fusion), tokens(rows=ROWS, length=LENGTH), packed()
     together = model.logits(ids, layout)
-    for row in range(ROWS):
-        for number in layout.doc_BT[row].unique():
-            place = torch.nonzero(layout.doc_BT[row] == number).flatten()
-            alone = model.logits(ids[row : row + 1, place], Layout.single(1, len(place)))
-            torch.testing.assert_close(together[row : row + 1, place], alone, rtol=0, atol=1e-12)
+    assert_documents_stand_alone(model, ids, layout, together)
     whole = model.logits(ids, Layout.single(ROWS, LENGTH))
     part = model.logits(ids[:1, :7], Layout.single(1, 7))
     torch.testing.assert_close(part, whole[:1, :7], rtol=0, atol=1e-12)

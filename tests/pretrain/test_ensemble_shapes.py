@@ -25,6 +25,7 @@ from tests.pretrain.ensembles import (
     ROWS,
     SHAPES,
     VOCAB,
+    assert_documents_stand_alone,
     batch_of,
     config_of,
     make,
@@ -131,11 +132,7 @@ def test_shapes_that_say_nothing_new_leave_one_group_and_its_names():
 def test_a_packed_document_is_read_as_if_it_stood_alone_and_decoding_equals_training(fusion):
     model, ids, layout = make(fusion=fusion, shapes=SHAPES), tokens(rows=ROWS, length=LENGTH), packed()
     together = model.logits(ids, layout)
-    for row in range(ROWS):
-        for number in layout.doc_BT[row].unique():
-            place = torch.nonzero(layout.doc_BT[row] == number).flatten()
-            alone = model.logits(ids[row : row + 1, place], Layout.single(1, len(place)))
-            torch.testing.assert_close(together[row : row + 1, place], alone, rtol=0, atol=1e-12)
+    assert_documents_stand_alone(model, ids, layout, together)
     state, parts = model.initial_state(ROWS), []
     for start, stop in ((0, 1), (1, 23), (23, LENGTH)):
         logits, state = model.decode(ids[:, start:stop], state, piece(layout, start, stop))
